@@ -1,0 +1,432 @@
+"""Drives a ``Session`` over any trio stream: the one place where the protocol meets I/O.
+
+One task reads, one writes, one keeps time; handlers run in a nursery of their own. The law: when
+``Link.run`` is over, for whatever reason, the transport is closed, no handler runs, and everything that
+was waiting has failed with a ``LinkError``; and it gets over even if the peer neither reads nor writes.
+Errors of the transport become ``LinkError`` in ``_transport_errors`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import trio
+
+from protocol import codec, messages
+from protocol.api import Notice, Request, Target
+from protocol.errors import (
+    DecodeError,
+    ErrorCode,
+    LinkClosed,
+    LinkError,
+    LocalProtocolError,
+    OpenRefused,
+    RemoteProtocolError,
+    RpcError,
+    StreamReset,
+)
+from protocol.messages import Hello
+from protocol.muxstream import Incoming, MuxStream
+from protocol.serial import SerialChannel
+from protocol.service import Service
+from protocol.serving import Serving
+from protocol.session import HIGH_WATER, Ended, Event, Lapsed, Role, Session, TimedOut
+
+__all__ = ["Hello", "Incoming", "Link", "MuxStream", "Role", "SerialChannel", "Service"]
+
+ReplyT = TypeVar("ReplyT")
+
+# Bytes per read. A full chunk with its header, so that bulk data takes one read a frame.
+READ_SIZE: Final = 128 * 1024
+# Seconds for the peer to take our last words; then the transport is closed without.
+GOODBYE_TIMEOUT: Final = 1.0
+_BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class _Waiter:
+    """Where the task that asked meets the answer."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._outcome: Any = None
+
+    def resolve(self, outcome: Any) -> None:
+        self._outcome = outcome
+        self._event.set()
+
+    async def wait(self) -> Any:
+        await self._event.wait()
+        return self._outcome
+
+
+class Link:
+    """One side of a conversation over ``transport``, which it owns. Runs once."""
+
+    peer: Hello
+    """The other side's hello; there once ``run`` has started."""
+
+    def __init__(
+        self,
+        transport: trio.abc.Stream,
+        role: Role,
+        service: Service,
+        hello: Hello,
+        *,
+        heartbeat: float = 5.0,
+        dead_after: float = 20.0,
+    ) -> None:
+        self._transport = transport
+        self._service = service
+        self._open_session: Callable[[], Session] = lambda: Session(
+            role, hello, trio.current_time(), heartbeat=heartbeat, dead_after=dead_after
+        )
+        self._session: Session | None = None
+        self._error: LinkError | None = None
+        self._greeted = False
+        self._asking: dict[int, _Waiter] = {}
+        self._opening: dict[int, _Waiter] = {}
+        self._streams: dict[int, MuxStream] = {}
+        self._over, self._gone = trio.Event(), trio.Event()
+        self._to_write = trio.lowlevel.ParkingLot()
+        self._written = trio.lowlevel.ParkingLot()
+        self._room = trio.lowlevel.ParkingLot()
+        self._timer = trio.lowlevel.ParkingLot()
+        self._alarm = 0.0
+        self._torn = False  # a write was begun and has not ended
+        self._writer_left = False
+
+    # --- life --------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[Link] = trio.TASK_STATUS_IGNORED) -> None:
+        """Live until the link is over. Started when both hellos are exchanged.
+
+        Returns after a goodbye of either side, or the end of the transport between two frames; raises
+        ``LinkError`` for any other end, and for any end before the peer's hello.
+        """
+        if self._session is not None:
+            raise LocalProtocolError("a link runs once")
+        self._session = self._open_session()
+        self._serving = Serving(self._service, self._session, self._flush, self._wait_for_room)
+        self._started = task_status.started
+        try:
+            await self._drive()
+        finally:
+            self._session.goodbye("the peer left")
+            self._end(LinkClosed("this side left the link"))
+            await self._hang_up()
+            self._gone.set()
+        assert self._error is not None
+        if not (self._greeted and isinstance(self._error, LinkClosed)):
+            raise self._error
+
+    async def goodbye(self, reason: str = "") -> None:
+        """End the link in good order, telling the peer why; returns when it is over."""
+        session = self._live()
+        session.goodbye(reason)
+        self._end(LinkClosed(reason or "this side closed the link"))
+        await self._gone.wait()
+
+    async def _drive(self) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._serving.run)
+            nursery.start_soon(self._read)
+            nursery.start_soon(self._write)
+            nursery.start_soon(self._keep_time)
+            await self._over.wait()
+            await self._serving.stop()
+            with trio.move_on_after(GOODBYE_TIMEOUT):
+                await self._flushed()
+            nursery.cancel_scope.cancel()
+
+    def _end(self, error: LinkError) -> None:
+        """Fail everything that waits, and let ``run`` finish. Only the first reason counts."""
+        if self._error is not None:
+            return
+        self._error = error
+        for waiter in [*self._asking.values(), *self._opening.values()]:
+            waiter.resolve(error)
+        self._serving.on_broken(error)
+        for stream in self._streams.values():
+            stream.on_broken(error)
+        self._asking.clear()
+        self._opening.clear()
+        self._streams.clear()
+        self._over.set()
+        self._room.unpark_all()
+        self._to_write.unpark_all()
+
+    async def _flushed(self) -> None:
+        session = self._running()
+        while (session.has_output or self._torn) and not self._writer_left:
+            await self._written.park()
+
+    async def _hang_up(self) -> None:
+        """Close the transport, whatever it and the peer do; say goodbye first where that is possible."""
+        session = self._running()
+        with trio.CancelScope(shield=True):
+            if session.has_output and not self._torn:
+                with trio.move_on_after(GOODBYE_TIMEOUT), self._transport_errors():
+                    await self._transport.send_all(b"".join(session.data_to_send().buffers))
+            await trio.aclose_forcefully(self._transport)
+
+    def _running(self) -> Session:
+        if self._session is None:
+            raise LocalProtocolError("this link is not running")
+        return self._session
+
+    def _live(self) -> Session:
+        """The session, if it can be used; else raises ``LinkError``."""
+        session = self._running()
+        if self._error is not None:
+            raise _again(self._error)
+        if not self._greeted:
+            raise LocalProtocolError("the hellos have not been exchanged")
+        return session
+
+    # --- the three tasks ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _transport_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except _BROKEN as error:
+            lost = error.__cause__
+            if not isinstance(lost, LinkError):
+                lost = LinkError(f"the transport failed: {error or type(error).__name__}")
+                lost.__cause__ = error
+            self._dispatch(self._running().lose(lost))
+
+    async def _read(self) -> None:
+        session = self._running()
+        with self._transport_errors():
+            while data := await self._transport.receive_some(READ_SIZE):
+                await self._take(session.receive_data(data, trio.current_time()))
+            await self._take(session.receive_eof())
+
+    async def _take(self, events: list[Event]) -> None:
+        # Dispatched without a pause: no task of ours sees the session ahead of what it has been told.
+        for event in events:
+            self._dispatch(event)
+        self._forget_closed()
+        self._flush()
+        await self._serving.wait_for_notices()
+
+    def _forget_closed(self) -> None:
+        for number in self._running().take_closed():
+            self._streams.pop(number, None)
+
+    async def _write(self) -> None:
+        with self._transport_errors():
+            try:
+                await self._write_batches()
+            except _BROKEN:
+                # The peer may have said why before it went: let the reader find that first.
+                self._writer_left = True
+                self._written.unpark_all()
+                with trio.move_on_after(GOODBYE_TIMEOUT):
+                    await self._over.wait()
+                raise
+
+    async def _write_batches(self) -> None:
+        session = self._running()
+        while True:
+            batch = session.data_to_send()
+            for number in batch.drained:
+                self._streams[number].on_sendable()
+            self._forget_closed()
+            self._room.unpark_all()
+            if batch.buffers:
+                self._torn = True
+                await self._transport.send_all(b"".join(batch.buffers))
+                self._torn = False
+            else:
+                self._written.unpark_all()
+                await self._to_write.park()
+
+    async def _keep_time(self) -> None:
+        session = self._running()
+        while True:
+            self._alarm = session.next_timeout()
+            with trio.CancelScope(deadline=self._alarm):
+                await self._timer.park()
+            for event in session.handle_timeout(trio.current_time()):
+                self._dispatch(event)
+            self._flush()
+
+    def _flush(self) -> None:
+        """After anything was done to the session: wake the tasks that should know."""
+        session = self._running()
+        if session.has_output:
+            self._to_write.unpark_all()
+        if session.next_timeout() < self._alarm:
+            self._timer.unpark_all()
+
+    async def _wait_for_room(self) -> Session:
+        """The session, once control frames may be added to what waits to be written."""
+        await trio.lowlevel.checkpoint()
+        while (session := self._live()).backlog > HIGH_WATER:
+            await self._room.park()
+        return session
+
+    # --- what the application asks -----------------------------------------------------------------
+
+    async def request(self, message: Request[ReplyT], *, timeout: float | None = 30.0) -> ReplyT:
+        """Ask the peer and return its reply.
+
+        Raises ``RpcError`` if it fails there, or (``TIMEOUT``) is not answered within ``timeout`` seconds;
+        ``LinkError`` when the link is over. Cancelled: the peer is told to stop.
+        """
+        answer = await self._ask(message, timeout)
+        if isinstance(answer, messages.Reply):
+            try:
+                reply: ReplyT = codec.decode(message.REPLY, answer.value)
+            except DecodeError as error:
+                raise RpcError(ErrorCode.PROTOCOL, f"the reply to {message.METHOD}: {error}") from error
+            return reply
+        if isinstance(answer, TimedOut):
+            raise RpcError(ErrorCode.TIMEOUT, f"no answer to {message.METHOD} within {timeout:g} s")
+        raise RpcError(ErrorCode.parse(answer.code), answer.message, answer.hint)
+
+    async def _ask(
+        self, message: Request[Any], timeout: float | None
+    ) -> messages.Reply | messages.Failure | TimedOut:
+        deadline = trio.current_time() + (math.inf if timeout is None else timeout)
+        with trio.CancelScope(deadline=deadline) as scope:
+            session = await self._wait_for_room()
+        if scope.cancelled_caught:
+            return TimedOut(0)
+        now = trio.current_time()
+        left = None if timeout is None else max(0.0, deadline - now)
+        number = session.request(message.METHOD, codec.encode(message), left, now)
+        waiter = self._asking[number] = _Waiter()
+        self._flush()
+        try:
+            answer = await waiter.wait()
+        finally:
+            if self._asking.pop(number, None) is not None:
+                session.cancel(number)
+                self._flush()
+        if isinstance(answer, LinkError):
+            raise _again(answer)
+        return answer  # type: ignore[no-any-return]
+
+    async def notify(self, notice: Notice) -> None:
+        """Tell the peer. Returns when it is queued; raises ``LinkError`` when the link is over."""
+        session = await self._wait_for_room()
+        session.notify(notice.TOPIC, codec.encode(notice))
+        self._flush()
+
+    async def open(self, target: Target, *, timeout: float | None = 30.0) -> MuxStream:
+        """Open a stream to ``target``.
+
+        Raises ``OpenRefused`` if the peer will not, or (``TIMEOUT``) has not within ``timeout`` seconds;
+        ``LinkError`` when the link is over. Cancelled: the peer is told to stop.
+        """
+        with trio.CancelScope(deadline=trio.current_time() + (math.inf if timeout is None else timeout)):
+            return await self._open(target)
+        raise OpenRefused(ErrorCode.TIMEOUT, f"no answer to opening {target.KIND} within {timeout:g} s")
+
+    async def _open(self, target: Target) -> MuxStream:
+        session = await self._wait_for_room()
+        number = session.open(target.KIND, codec.encode(target))
+        waiter = self._opening[number] = _Waiter()
+        self._flush()
+        try:
+            answer = await waiter.wait()
+        finally:
+            if self._opening.pop(number, None) is not None:
+                session.reset(number, ErrorCode.CANCELLED)
+                self._flush()
+        if isinstance(answer, MuxStream):
+            return answer
+        if isinstance(answer, LinkError):
+            raise _again(answer)
+        raise OpenRefused(ErrorCode.parse(answer.code), answer.message, answer.hint)
+
+    # --- what the peer says ------------------------------------------------------------------------
+
+    def _dispatch(self, event: Event) -> None:
+        if self._error is None:
+            _HANDLERS[type(event)](self, event)
+
+    def _on_hello(self, event: Hello) -> None:
+        self.peer = event
+        self._greeted = True
+        self._started(self)
+
+    def _on_ended(self, event: Ended) -> None:
+        self._end(event.error)
+
+    def _on_answer(self, event: messages.Reply | messages.Failure | TimedOut) -> None:
+        self._asking.pop(event.id).resolve(event)
+
+    def _on_notify(self, event: messages.Notify) -> None:
+        try:
+            self._serving.on_notify(event)
+        except RemoteProtocolError as error:
+            for ended in self._running().abort(error):
+                self._dispatch(ended)
+
+    def _on_request(self, event: messages.Request) -> None:
+        self._serving.on_request(event)
+
+    def _on_cancel(self, event: messages.Cancel) -> None:
+        self._serving.on_cancel(event)
+
+    def _on_lapsed(self, event: Lapsed) -> None:
+        self._serving.on_lapsed(event)
+
+    def _on_open(self, event: messages.Open) -> None:
+        if (stream := self._serving.on_open(event)) is not None:
+            self._streams[event.stream] = stream
+
+    def _on_opened(self, event: messages.Opened) -> None:
+        stream = self._streams[event.stream] = MuxStream(self._running(), event.stream, self._flush)
+        self._opening.pop(event.stream).resolve(stream)
+
+    def _on_refused(self, event: messages.Refused) -> None:
+        self._opening.pop(event.stream).resolve(event)
+
+    def _on_data(self, event: messages.Data) -> None:
+        self._streams[event.stream].on_data(event.payload)
+
+    def _on_credit(self, event: messages.Credit) -> None:
+        self._streams[event.stream].on_sendable()
+
+    def _on_eof(self, event: messages.Eof) -> None:
+        self._streams[event.stream].on_eof()
+
+    def _on_reset(self, event: messages.Reset) -> None:
+        error = StreamReset(ErrorCode.parse(event.code), event.message)
+        self._serving.on_reset(event.stream, error)
+        self._streams[event.stream].on_broken(error)
+
+
+def _again(error: LinkError) -> LinkError:
+    """A copy to raise: an exception raised in many tasks would collect all their tracebacks."""
+    copy = type(error)(str(error), error.code)
+    copy.__cause__ = error
+    return copy
+
+
+_HANDLERS: Final[dict[type[Event], Callable[[Link, Any], None]]] = {
+    messages.Hello: Link._on_hello,
+    messages.Request: Link._on_request,
+    messages.Reply: Link._on_answer,
+    messages.Failure: Link._on_answer,
+    messages.Cancel: Link._on_cancel,
+    messages.Notify: Link._on_notify,
+    messages.Open: Link._on_open,
+    messages.Opened: Link._on_opened,
+    messages.Refused: Link._on_refused,
+    messages.Data: Link._on_data,
+    messages.Credit: Link._on_credit,
+    messages.Eof: Link._on_eof,
+    messages.Reset: Link._on_reset,
+    TimedOut: Link._on_answer,
+    Lapsed: Link._on_lapsed,
+    Ended: Link._on_ended,
+}

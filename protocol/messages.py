@@ -1,0 +1,248 @@
+"""The frames of a session, typed.
+
+On the wire a frame's header is ``[type, *fields]``. The law: types and the order of fields never change
+within a major version; new fields are appended with a default. ``HELLO`` is read in two steps, and its
+first field is the major version in every version there will ever be, so that strangers understand
+enough of each other to say why they part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR, codec
+from protocol.errors import DecodeError, ErrorCode, RemoteProtocolError
+from protocol.frames import Buffer, Frame, encode_frame
+
+# Characters of an explanation; longer ones are cut, so that a failure always fits into a frame.
+MAX_TEXT: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first frame of either side.
+
+    ``digest`` names the sources (``protocol.build``), ``boot_id`` the kernel's run, ``name`` is for logs.
+    """
+
+    major: int = PROTOCOL_MAJOR
+    minor: int = PROTOCOL_MINOR
+    digest: str = ""
+    boot_id: str = ""
+    capabilities: list[str] = field(default_factory=list)
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Are you there? ``token`` comes back in the ``Pong``."""
+
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A question. ``timeout`` is in seconds from its arrival; None waits for as long as the link lives."""
+
+    id: int
+    method: str
+    args: object
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    id: int
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The other answer to a request. ``code`` is the text of an ``ErrorCode``."""
+
+    id: int
+    code: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The asker no longer wants the answer, which is sent all the same."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    topic: str
+    args: object
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A new stream, wanted. ``window`` is the credit, in bytes, that the other side starts with."""
+
+    stream: int
+    kind: str
+    args: object
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The stream is there. ``window`` as in ``Open``; data may only follow this."""
+
+    stream: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    stream: int
+    code: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Bytes of a stream, at least one. They are the frame's payload, not part of its header."""
+
+    stream: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """The receiver has consumed ``count`` bytes; that many more may be sent."""
+
+    stream: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Eof:
+    """The sender's direction of the stream has ended; the other lives on (half-close)."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Both directions are cut. Answered by a ``Reset``, unless both sides had already sent all they had."""
+
+    stream: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The last frame of either side. The code is ``gone`` for an ordinary end, else what went wrong."""
+
+    code: str
+    reason: str
+
+
+AnyFrame = (
+    Hello
+    | Ping
+    | Pong
+    | Request
+    | Reply
+    | Failure
+    | Cancel
+    | Notify
+    | Open
+    | Opened
+    | Refused
+    | Data
+    | Credit
+    | Eof
+    | Reset
+    | Goodbye
+)
+StreamFrame = Opened | Refused | Data | Credit | Eof | Reset
+
+TYPES: Final[dict[int, type[AnyFrame]]] = {
+    1: Hello,
+    2: Ping,
+    3: Pong,
+    4: Request,
+    5: Reply,
+    6: Failure,
+    7: Cancel,
+    8: Notify,
+    9: Open,
+    10: Opened,
+    11: Refused,
+    12: Data,
+    13: Credit,
+    14: Eof,
+    15: Reset,
+    16: Goodbye,
+}
+_NUMBERS: Final[dict[type, int]] = {cls: number for number, cls in TYPES.items()}
+
+
+def clip(text: str) -> str:
+    """``text``, or its first ``MAX_TEXT`` characters."""
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def encode(frame: AnyFrame) -> list[Buffer]:
+    """The buffers of one frame. Raises ``LocalProtocolError`` when it is too long or not encodable."""
+    if isinstance(frame, Data):
+        return encode_data(frame.stream, frame.payload)
+    return encode_frame([_NUMBERS[type(frame)], *codec.encode(frame)])
+
+
+def encode_data(stream: int, payload: Buffer) -> list[Buffer]:
+    """The buffers of a ``Data`` frame, without a copy of ``payload``."""
+    return encode_frame([_NUMBERS[Data], stream], payload)
+
+
+def decode(frame: Frame) -> AnyFrame:
+    """The typed frame. Raises ``RemoteProtocolError`` for a type or shape that does not exist."""
+    header = frame.header
+    cls = _frame_class(header)
+    fields: list[Any] = header[1:]
+    if cls is Data:
+        fields = [*fields[:1], frame.payload]
+    elif frame.payload:
+        raise RemoteProtocolError(f"{cls.__name__}: a payload where there is none")
+    try:
+        return codec.decode(cls, fields)
+    except DecodeError as error:
+        raise RemoteProtocolError(str(error)) from error
+
+
+def check_major(frame: Frame, major: int) -> None:
+    """If this is a hello, raise ``RemoteProtocolError`` (``VERSION``) unless its major version is ours.
+
+    Looks at nothing but the first field: the rest of a stranger's hello may have any shape.
+    """
+    if _frame_class(frame.header) is not Hello:
+        return
+    theirs = frame.header[1] if len(frame.header) > 1 else None
+    if theirs != major:
+        raise RemoteProtocolError(
+            f"the peer speaks version {theirs!r} of the protocol, this side version {major}",
+            ErrorCode.VERSION,
+        )
+
+
+def _frame_class(header: Any) -> type[AnyFrame]:
+    if type(header) is not list or not header:
+        raise RemoteProtocolError("a header that is not an array of at least a type")
+    kind = header[0]
+    if type(kind) is not int or kind not in TYPES:
+        raise RemoteProtocolError(f"a frame of unknown type {kind!r:.64}")
+    return TYPES[kind]

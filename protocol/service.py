@@ -1,0 +1,105 @@
+"""What one side of a link answers: handlers, registered by the type of message they take.
+
+The law: a handler sees only messages that decode to its type; anything else is answered before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from protocol import codec
+from protocol.api import Notice, Request, Target
+from protocol.errors import DecodeError, ErrorCode, LocalProtocolError, OpenRefused, RpcError
+from protocol.muxstream import Incoming
+
+RequestT = TypeVar("RequestT", bound=Request[Any])
+TargetT = TypeVar("TargetT", bound=Target)
+NoticeT = TypeVar("NoticeT", bound=Notice)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRequest:
+    """A decoded request with the handler to await for its reply."""
+
+    message: Request[Any]
+    handler: Callable[[Any], Awaitable[Any]]
+
+    async def run(self) -> list[Any]:
+        """The encoded reply. Raises what the handler raises; ``TypeError`` for a reply of another type."""
+        reply = await self.handler(self.message)
+        if not isinstance(reply, self.message.REPLY):
+            raise TypeError(f"{self.message.METHOD} was answered with a {type(reply).__name__}")
+        return codec.encode(reply)
+
+
+class Service:
+    """The handlers of one side; give each link its own when they differ by link."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Any]]]] = {}
+        self._streams: dict[str, tuple[type[Any], Callable[[Any, Incoming], Awaitable[None]]]] = {}
+        self._notices: dict[str, tuple[type[Any], Callable[[Any], Awaitable[None]]]] = {}
+
+    def on_request(self, cls: type[RequestT], handler: Callable[[RequestT], Awaitable[Any]]) -> None:
+        """Answer ``cls`` with what ``handler`` returns, or with the ``RpcError`` it raises.
+
+        Runs as a task of its own, which the peer's cancellation or the request's deadline cancels. Any
+        other exception is logged here and becomes ``INTERNAL`` there.
+        """
+        _register(self._requests, cls.METHOD, (cls, handler))
+
+    def on_stream(self, cls: type[TargetT], handler: Callable[[TargetT, Incoming], Awaitable[None]]) -> None:
+        """Let ``handler`` accept or refuse streams to ``cls``; when it returns, the stream is closed.
+
+        Runs as a task of its own, cancelled when the peer gives up before the answer. It may raise
+        ``OpenRefused`` instead of calling ``Incoming.refuse``.
+        """
+        _register(self._streams, cls.KIND, (cls, handler))
+
+    def on_notice(self, cls: type[NoticeT], handler: Callable[[NoticeT], Awaitable[None]]) -> None:
+        """Await ``handler`` for each ``cls``, one after another in the order sent: it must be quick."""
+        _register(self._notices, cls.TOPIC, (cls, handler))
+
+    # --- the link ----------------------------------------------------------------------------------
+
+    def bind_request(self, method: str, args: object) -> BoundRequest:
+        """Raises ``RpcError`` when nothing here answers it."""
+        if (entry := self._requests.get(method)) is None:
+            raise RpcError(ErrorCode.UNSUPPORTED, f"no such request: {_quoted(method)}")
+        cls, handler = entry
+        try:
+            return BoundRequest(codec.decode(cls, args), handler)
+        except DecodeError as error:
+            raise RpcError(ErrorCode.INVALID, str(error)) from error
+
+    def bind_stream(self, kind: str, args: object) -> Callable[[Incoming], Awaitable[None]]:
+        """Raises ``OpenRefused`` when nothing here takes it."""
+        if (entry := self._streams.get(kind)) is None:
+            raise OpenRefused(ErrorCode.UNSUPPORTED, f"no such stream: {_quoted(kind)}")
+        cls, handler = entry
+        try:
+            target = codec.decode(cls, args)
+        except DecodeError as error:
+            raise OpenRefused(ErrorCode.INVALID, str(error)) from error
+        return lambda incoming: handler(target, incoming)
+
+    def bind_notice(self, topic: str, args: object) -> Callable[[], Awaitable[None]] | None:
+        """None for a topic that nobody here cares for. Raises ``DecodeError``."""
+        if (entry := self._notices.get(topic)) is None:
+            return None
+        cls, handler = entry
+        notice = codec.decode(cls, args)
+        return lambda: handler(notice)
+
+
+def _quoted(text: str) -> str:
+    """A name of the peer's, fit for an error message."""
+    return repr(text[:64])
+
+
+def _register(table: dict[str, Any], name: str, entry: Any) -> None:
+    if name in table:
+        raise LocalProtocolError(f"{name!r} has a handler already")
+    table[name] = entry
