@@ -1,0 +1,112 @@
+"""Connections into the guest: the host opens a stream, the guest connects and joins the two.
+
+The law: the stream is accepted only once the connection stands, so the host can refuse its client as
+the guest's kernel refused us; after that the two are one connection, half-close and reset included.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import trio
+
+from protocol.api import DialTcp, DialUnix
+from protocol.errors import ErrorCode
+from protocol.link import Incoming, Service
+from protocol.splice import splice
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT = 15.0
+"""Seconds for a connection inside the guest or from it; the kernel's own is over two minutes."""
+
+_CODES = {
+    errno.ECONNREFUSED: ErrorCode.REFUSED,
+    errno.ENOENT: ErrorCode.NOT_FOUND,
+    errno.ENOTSOCK: ErrorCode.NOT_FOUND,
+    errno.EHOSTUNREACH: ErrorCode.UNREACHABLE,
+    errno.ENETUNREACH: ErrorCode.UNREACHABLE,
+    errno.EADDRNOTAVAIL: ErrorCode.UNREACHABLE,
+    errno.EACCES: ErrorCode.DENIED,
+    errno.EPERM: ErrorCode.DENIED,
+    errno.ETIMEDOUT: ErrorCode.TIMEOUT,
+    errno.ECONNRESET: ErrorCode.RESET,
+    errno.EMFILE: ErrorCode.LIMIT,
+    errno.ENFILE: ErrorCode.LIMIT,
+    errno.EAGAIN: ErrorCode.LIMIT,  # a unix socket whose backlog is full
+    errno.EINVAL: ErrorCode.INVALID,
+    errno.ENAMETOOLONG: ErrorCode.INVALID,
+}
+
+
+def error_code(error: OSError) -> ErrorCode:
+    """What a failed ``connect`` means to the host."""
+    return _CODES.get(error.errno or 0, ErrorCode.INTERNAL)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+async def connect_tcp(target: DialTcp) -> trio.SocketStream:
+    """A connection to a numeric address. Raises ``OSError``; ``ValueError`` if it is not one."""
+    family = socket.AF_INET6 if ":" in target.address else socket.AF_INET
+    socket.inet_pton(family, target.address.partition("%")[0])
+    if not 0 < target.port < 65536:
+        raise ValueError(f"port {target.port} is out of range")
+    return await _connect(family, (target.address, target.port))
+
+
+async def connect_unix(target: DialUnix) -> trio.SocketStream:
+    """A connection to a unix socket. Raises ``OSError``, ``ValueError`` for an impossible path."""
+    if not target.path.startswith("/") or "\0" in target.path:
+        raise ValueError("the path of a socket is absolute")
+    return await _connect(socket.AF_UNIX, target.path)
+
+
+async def _connect(family: int, address: tuple[str, int] | str) -> trio.SocketStream:
+    connection = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await connection.connect(address)
+        return trio.SocketStream(connection)  # sets TCP_NODELAY
+    except BaseException:
+        connection.close()
+        raise
+
+
+async def _serve(connect: Callable[[], Awaitable[trio.SocketStream]], name: str, incoming: Incoming) -> None:
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT):
+            connection = await connect()
+    except trio.TooSlowError:
+        return await incoming.refuse(ErrorCode.TIMEOUT, f"{name} did not answer in {CONNECT_TIMEOUT:.0f} s")
+    except OSError as error:
+        return await incoming.refuse(error_code(error), f"{name}: {_reason(error)}")
+    except ValueError as error:
+        return await incoming.refuse(ErrorCode.INVALID, f"{name}: {error}")
+    async with connection:
+        stream = await incoming.accept()
+        ended = await splice(stream, connection)
+    log.debug("dial.end target=%s in=%d out=%d error=%s", name, ended.a_to_b, ended.b_to_a, ended.error)
+    return None
+
+
+async def dial_tcp(target: DialTcp, incoming: Incoming) -> None:
+    """Handler of ``DialTcp`` streams."""
+    await _serve(partial(connect_tcp, target), f"{target.address} port {target.port}", incoming)
+
+
+async def dial_unix(target: DialUnix, incoming: Incoming) -> None:
+    """Handler of ``DialUnix`` streams."""
+    await _serve(partial(connect_unix, target), target.path, incoming)
+
+
+def register(service: Service) -> None:
+    """Answer ``DialTcp`` and ``DialUnix`` on a link."""
+    service.on_stream(DialTcp, dial_tcp)
+    service.on_stream(DialUnix, dial_unix)

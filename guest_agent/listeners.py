@@ -1,0 +1,50 @@
+"""From two pictures of what listens to the notices that lead from one to the other. Pure, sans-IO.
+
+The law: the truth is a set. Whatever happened between two pictures, however often a port opened and
+closed meanwhile, the peer needs only the difference; and a peer that knows nothing needs all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from protocol.api import Listener, Listeners
+
+MAX_PER_NOTICE = 512
+"""Listeners in one notice. A listener takes at most about 350 bytes on the wire (a unit name is at
+most 255, an address 45), so a notice stays below 180 KiB; a header may have 256 KiB."""
+
+MAX_UNIT = 255
+"""systemd's own limit of a unit name, in characters (UNIT_NAME_MAX)."""
+
+MAX_LISTENERS = 16_384
+"""Listeners that are reported at all, lowest ports first. A guest that opens more costs itself the
+highest of them, but neither side its memory. Ten thousand is the most that was ever asked for."""
+
+Snapshot = frozenset[Listener]
+
+
+def bounded(snapshot: Snapshot) -> Snapshot:
+    """``snapshot`` itself, or the part of it with the lowest ports if it is beyond ``MAX_LISTENERS``."""
+    if len(snapshot) <= MAX_LISTENERS:
+        return snapshot
+    return frozenset(sorted(snapshot, key=lambda listener: (listener.port, listener))[:MAX_LISTENERS])
+
+
+def notices(before: Snapshot | None, after: Snapshot) -> Iterator[Listeners]:
+    """The notices that turn a peer's knowledge from ``before`` into ``after``.
+
+    ``None`` before means that the peer knows nothing yet: the first notice is then ``full``, and
+    there is one even if nothing listens. Otherwise equal pictures give no notice at all. What goes is
+    told before what comes, so that a listener that only changed its unit is never counted twice.
+    """
+    full = before is None
+    removed = sorted((before or frozenset()) - after)
+    added = sorted(after - (before or frozenset()))
+    for start in range(0, len(removed), MAX_PER_NOTICE):
+        yield Listeners(full=False, added=[], removed=removed[start : start + MAX_PER_NOTICE])
+    for start in range(0, len(added), MAX_PER_NOTICE):
+        yield Listeners(full=full, added=added[start : start + MAX_PER_NOTICE])
+        full = False
+    if full:
+        yield Listeners(full=True, added=[])

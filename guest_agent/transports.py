@@ -1,0 +1,147 @@
+"""A virtio-serial port as a trio stream.
+
+The law: a port has no connections. While nobody holds the host's side of it, reading returns b"",
+writing EAGAIN, and both poll ready (POLLHUP); none of that is an end of file. So it is waited out,
+seldom enough to cost nothing and often enough to be there when the host is; only the port's own
+disappearance breaks the stream. Behaviour: drivers/char/virtio_console.c, port_fops_read and _write.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import trio
+
+log = logging.getLogger(__name__)
+
+RECEIVE_BYTES = 256 * 1024
+SEND_BYTES = 32 * 1024
+"""The driver copies what is written into one buffer of at most this size."""
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.02, 0.2
+"""Seconds between attempts while the host side is not connected."""
+
+OPEN_RETRY = 0.1
+"""Seconds between attempts to open: EBUSY while a killed predecessor still holds the port (the driver
+lets in one), ENOENT before udev has named it."""
+
+_OPEN_LATER = {errno.EBUSY, errno.ENOENT, errno.ENXIO, errno.ENODEV}
+
+
+class Backoff:
+    """How long to wait after a poll that promised what the call did not keep."""
+
+    def __init__(self) -> None:
+        self._seconds = BACKOFF_FIRST
+
+    def reset(self) -> None:
+        self._seconds = BACKOFF_FIRST
+
+    async def wait(self) -> None:
+        await trio.sleep(self._seconds)
+        self._seconds = min(BACKOFF_MOST, self._seconds * 2)
+
+
+class PortStream(trio.abc.Stream):
+    """A stream over the non-blocking descriptor of a port, which it owns."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._sending = trio.Lock()
+        self._send_backoff, self._receive_backoff = Backoff(), Backoff()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """At least one byte, however long it takes. Raises ``BrokenResourceError`` if the port goes."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                if data := os.read(self._open_fd(), max_bytes or RECEIVE_BYTES):
+                    self._receive_backoff.reset()
+                    return data
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._fd)
+            except OSError as error:
+                raise trio.BrokenResourceError(f"the port is gone: {error}") from error
+            else:
+                await self._receive_backoff.wait()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Hand everything to the port; waits while the host does not read or is not there."""
+        await trio.lowlevel.checkpoint()
+        async with self._sending:
+            with memoryview(data) as view:
+                sent = 0
+                while sent < len(view):
+                    sent += await self._send_some(view[sent : sent + SEND_BYTES])
+
+    async def _send_some(self, data: memoryview) -> int:
+        waited = False
+        while True:
+            try:
+                count = os.write(self._open_fd(), data)
+            except BlockingIOError:
+                # Writable and yet not: POLLHUP, the host side is not connected.
+                if waited:
+                    await self._send_backoff.wait()
+                await trio.lowlevel.wait_writable(self._fd)
+                waited = True
+            except OSError as error:
+                raise trio.BrokenResourceError(f"the port is gone: {error}") from error
+            else:
+                self._send_backoff.reset()
+                return count
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.wait_writable(self._open_fd())
+
+    async def aclose(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            trio.lowlevel.notify_closing(fd)
+            os.close(fd)
+        await trio.lowlevel.checkpoint()
+
+    def _open_fd(self) -> int:
+        if self._fd < 0:
+            raise trio.ClosedResourceError("the port was closed")
+        return self._fd
+
+
+class StandIn(trio.abc.Stream):
+    """A socket in place of a port. A socket that has ended is over, so an end of file breaks it."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if data := await self._stream.receive_some(max_bytes):
+            return bytes(data)
+        raise trio.BrokenResourceError("the other end of the socket was closed")
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def open_port(path: Path) -> PortStream:
+    """Open a port, waiting until it exists and is free. Raises ``OSError`` for anything else."""
+    waiting = False
+    while True:
+        try:
+            return PortStream(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno not in _OPEN_LATER:
+                raise
+            if not waiting:
+                log.warning("port.wait path=%s error=%s", path, error.strerror)
+            waiting = True
+        await trio.sleep(OPEN_RETRY)

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import errno
+import os
+import tty
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from guest_agent import transports
+from guest_agent.transports import BACKOFF_MOST, PortStream, open_port
+
+
+class Port:
+    """A port without a driver: what each call does is scripted, and readiness is always promised."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reads: list[bytes | OSError] = []
+        self.written = bytearray()
+        self.write_errors: list[OSError] = []
+        self.calls = 0
+        monkeypatch.setattr(transports.os, "read", self.read)
+        monkeypatch.setattr(transports.os, "write", self.write)
+        monkeypatch.setattr(trio.lowlevel, "wait_readable", self.ready)
+        monkeypatch.setattr(trio.lowlevel, "wait_writable", self.ready)
+
+    async def ready(self, fd: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def read(self, fd: int, count: int) -> bytes:
+        self.calls += 1
+        result = self.reads.pop(0) if self.reads else b""
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    def write(self, fd: int, data: memoryview) -> int:
+        self.calls += 1
+        if self.write_errors:
+            raise self.write_errors.pop(0)
+        part = bytes(data[:3])
+        self.written += part
+        return len(part)
+
+
+@pytest.fixture
+async def stream() -> AsyncIterator[PortStream]:
+    reading, writing = os.pipe()
+    os.close(writing)
+    async with PortStream(reading) as stream:
+        yield stream
+
+
+async def test_a_host_that_is_not_there_is_waited_for_without_spinning(
+    stream: PortStream, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    port = Port(monkeypatch)
+    with trio.move_on_after(60) as scope:
+        await stream.receive_some()
+    assert scope.cancelled_caught
+    assert 60 / BACKOFF_MOST <= port.calls <= 60 / BACKOFF_MOST + 10
+    port.reads = [b"", BlockingIOError(errno.EAGAIN, "again"), b"hello"]
+    assert await stream.receive_some() == b"hello"
+
+
+async def test_writing_while_disconnected_backs_off_and_then_writes_everything(
+    stream: PortStream, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    port = Port(monkeypatch)
+    port.write_errors = [BlockingIOError(errno.EAGAIN, "again") for _ in range(100)]
+    started = trio.current_time()
+    await stream.send_all(b"0123456789")
+    assert trio.current_time() - started == pytest.approx(99 * BACKOFF_MOST, rel=0.05)
+    assert port.written == b"0123456789"
+
+
+async def test_a_port_that_is_gone_breaks_the_stream(
+    stream: PortStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = Port(monkeypatch)
+    port.reads = [OSError(errno.ENODEV, "gone")]
+    with pytest.raises(trio.BrokenResourceError, match="gone"):
+        await stream.receive_some()
+    port.write_errors = [OSError(errno.ENODEV, "gone")]
+    with pytest.raises(trio.BrokenResourceError, match="gone"):
+        await stream.send_all(b"x")
+
+
+async def test_a_terminal_stands_in_for_a_port(nursery: trio.Nursery) -> None:
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    tty.setraw(slave)
+    async with PortStream(slave) as port, trio.lowlevel.FdStream(master) as host:
+        payload = os.urandom(100_000)
+        nursery.start_soon(port.send_all, payload)
+        got = b""
+        while len(got) < len(payload):
+            got += await host.receive_some()
+        assert got == payload
+        await host.send_all(b"ping")
+        assert await port.receive_some() == b"ping"
+
+
+async def test_closing_wakes_a_reader_and_is_final() -> None:
+    reading, writing = os.pipe()
+    stream = PortStream(reading)
+    async with trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive_some()
+
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        await stream.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await stream.send_all(b"x")
+    os.close(writing)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.ENOENT])
+async def test_a_port_that_is_busy_or_late_is_waited_for(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    path, attempts, real_open = tmp_path / "port", 0, os.open
+    path.touch()
+
+    def busy_open(name: Path, flags: int) -> int:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 5:
+            raise OSError(number, "not yet")
+        return real_open(name, flags)
+
+    monkeypatch.setattr(transports.os, "open", busy_open)
+    async with await open_port(path):
+        assert attempts == 5
+
+
+async def test_what_cannot_be_a_port_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        await open_port(tmp_path)
