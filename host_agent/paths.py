@@ -1,0 +1,168 @@
+"""Where things are on the host: one private folder per user, one folder below it per instance.
+
+The law: every folder is 0700 and owned by the user, so whatever is inside, sockets above all, is the
+user's alone. ``AGENTCTL_HOME`` moves the whole of it (another disk, a test); the default is
+``~/.agentctl``, short because the path of a unix socket is limited to 103 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from host_agent.errors import ExitCode, UserError
+
+#: sun_path is 104 bytes on macOS and 108 on Linux, its terminating zero included.
+MAX_SOCKET_PATH = 103
+
+DEFAULT_INSTANCE = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class InstancePaths:
+    """The files of one instance."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def lock(self) -> Path:
+        """Held (flock) by the keeper and the host agent as long as either lives; the only proof of life."""
+        return self.directory / "lock"
+
+    @property
+    def up_lock(self) -> Path:
+        """Held by the one ``up`` or ``delete`` that is at work."""
+        return self.directory / "up.lock"
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config.json"
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state.json"
+
+    @property
+    def qemu_identity(self) -> Path:
+        return self.directory / "qemu.json"
+
+    @property
+    def agent_identity(self) -> Path:
+        """Which process the host agent is, for whoever must end one that does not answer."""
+        return self.directory / "agent.json"
+
+    @property
+    def agent_socket(self) -> Path:
+        """Where the command line talks to the host agent."""
+        return self.directory / "agent.sock"
+
+    @property
+    def qmp_socket(self) -> Path:
+        return self.directory / "qmp.sock"
+
+    @property
+    def control_socket(self) -> Path:
+        """QEMU's end of the guest's control port."""
+        return self.directory / "control.sock"
+
+    @property
+    def docker_socket(self) -> Path:
+        return self.directory / "docker.sock"
+
+    @property
+    def agent_log(self) -> Path:
+        return self.directory / "agent.log"
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        return self.directory / "qemu.log"
+
+    @property
+    def root_overlay(self) -> Path:
+        """Thrown away at each boot."""
+        return self.directory / "root.qcow2"
+
+    @property
+    def agent_drive(self) -> Path:
+        """The guest agent as a tar, written at each boot."""
+        return self.directory / "agent.tar"
+
+    @property
+    def data_disk(self) -> Path:
+        """Everything worth keeping; only ``delete --data`` removes it."""
+        return self.directory / "data.img"
+
+    def sockets(self) -> tuple[Path, ...]:
+        return (self.agent_socket, self.qmp_socket, self.control_socket, self.docker_socket)
+
+    def ensure(self) -> None:
+        """Create the folder; raises ``UserError`` if it cannot be private or its name is too long."""
+        longest = max((os.fsencode(path) for path in self.sockets()), key=len)
+        if len(longest) > MAX_SOCKET_PATH:
+            raise UserError(
+                f"{self.directory} is too long for sockets ({len(longest)} of {MAX_SOCKET_PATH} bytes)",
+                "set AGENTCTL_HOME to a folder with a shorter name",
+                ExitCode.USAGE,
+            )
+        private_directory(self.directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """The user's folder of agentctl."""
+
+    root: Path
+
+    @classmethod
+    def find(cls) -> Home:
+        """From ``AGENTCTL_HOME``, else ``~/.agentctl``."""
+        configured = os.environ.get("AGENTCTL_HOME")
+        return cls(Path(configured).absolute() if configured else Path.home() / ".agentctl")
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def tools(self) -> Path:
+        """Programs unpacked for this user: a docker CLI where the host has none."""
+        return self.root / "tools"
+
+    def instance(self, name: str = DEFAULT_INSTANCE) -> InstancePaths:
+        return InstancePaths(self.root / "instances" / name)
+
+    def ensure(self) -> None:
+        for directory in (self.root, self.images, self.cache, self.tools, self.root / "instances"):
+            private_directory(directory)
+
+
+def private_directory(path: Path) -> None:
+    """Make ``path`` a folder that only this user can enter; raises ``UserError`` if it cannot be."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise UserError(
+            f"cannot use {path}: {error.strerror}", "set AGENTCTL_HOME to a folder that you can write to"
+        ) from error
+    if status.st_uid != os.geteuid():
+        raise UserError(
+            f"{path} belongs to another user (uid {status.st_uid})",
+            "set AGENTCTL_HOME to a folder of your own",
+        )
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        path.chmod(0o700)
