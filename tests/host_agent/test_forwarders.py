@@ -1,0 +1,632 @@
+"""The forwarders against real sockets of the loopback interface; the guest is in memory or a socket, too."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from host_agent import forwarders
+from host_agent.errors import UserError
+from host_agent.forwarders import (
+    MAX_UNIX_PATH,
+    Forwarder,
+    ForwardRunner,
+    UnixForwarder,
+    listen_localhost,
+    listen_unix,
+)
+from protocol.api import DialTcp, DialUnix, Event, ForwardState, Listener, Listeners, Proto, Target
+from protocol.errors import ErrorCode, LinkClosed, OpenRefused
+from protocol.splice import abort
+
+Server = Callable[[trio.abc.HalfCloseableStream], object]
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+HOSTS = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]
+FAMILY: dict[str, Any] = (
+    {"family": socket.AF_INET6, "dualstack_ipv6": True} if has_ipv6() else {"family": socket.AF_INET}
+)
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that was free a moment ago on both families, and on the wildcards."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            candidate: int = probe.getsockname()[1]
+        try:
+            with socket.create_server(("::" if has_ipv6() else "0.0.0.0", candidate), **FAMILY):
+                return candidate
+        except OSError:
+            continue
+
+
+@contextmanager
+def other_program(address: str, port: int, *, dual: bool = False) -> Iterator[socket.socket]:
+    """A listener that is not ours, made as most servers make theirs (SO_REUSEADDR)."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, port), family=family, dualstack_ipv6=dual) as server:
+        yield server
+
+
+class Guest:
+    """What is dialled: each target is served by a function, or refused."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.servers: dict[Target, Callable[[trio.abc.HalfCloseableStream], object]] = {}
+        self.dialled: list[Target] = []
+        self.default: object = None
+        self._nursery = nursery
+
+    async def dial(self, target: Target) -> trio.abc.HalfCloseableStream:
+        self.dialled.append(target)
+        server = self.servers.get(target, self.default)
+        if isinstance(server, BaseException):
+            raise server
+        if server is None:
+            raise OpenRefused(ErrorCode.REFUSED, "connection refused")
+        ours, theirs = await _socket_pair()
+        self._nursery.start_soon(server, theirs)  # type: ignore[arg-type]
+        return ours
+
+
+async def _socket_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    """A TCP connection within this process: unlike a pair of memory streams it can be reset."""
+    async with (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] as listener:
+        address = listener.socket.getsockname()
+        ours = await trio.open_tcp_stream(address[0], address[1])
+        return ours, await listener.accept()
+
+
+async def echo(stream: trio.abc.HalfCloseableStream) -> None:
+    """Say everything again, and only after the other side has ended, end as well."""
+    async with stream:
+        async for data in stream:
+            await stream.send_all(data)
+        await stream.send_eof()
+
+
+TARGET = DialTcp("127.0.0.1", 80)
+
+
+@asynccontextmanager
+async def forwarding(
+    port: int, server: object = echo, targets: Sequence[Target] = (TARGET,)
+) -> AsyncIterator[tuple[Forwarder, Guest]]:
+    """A forwarder on ``port``. Fails rather than hangs."""
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            guest = Guest(nursery)
+            guest.default = server
+            forwarder = Forwarder(listen_localhost(port), lambda: targets, guest.dial)
+            nursery.start_soon(forwarder.serve, nursery)
+            yield forwarder, guest
+            nursery.cancel_scope.cancel()
+            forwarder.close()
+
+
+async def exchange(stream: trio.abc.HalfCloseableStream, request: bytes) -> bytes:
+    """Send a request and half-close, then read the whole answer."""
+    await stream.send_all(request)
+    await stream.send_eof()
+    return b"".join([chunk async for chunk in stream])
+
+
+def cause(error: BaseException) -> int | None:
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+
+
+# --- binding ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", HOSTS)
+async def test_a_port_answers_on_both_families_of_localhost(port: int, address: str) -> None:
+    async with forwarding(port):
+        async with await trio.open_tcp_stream(address, port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+
+
+async def test_a_port_is_not_exposed_to_the_network(port: int) -> None:
+    async with forwarding(port) as (forwarder, _):
+        names = {listener.socket.getsockname()[0] for listener in forwarder._listeners}
+        assert names == set(HOSTS)
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("taken", "free"), [("::1", "127.0.0.1"), ("127.0.0.1", "::1")])
+async def test_a_port_that_is_taken_in_one_family_is_bound_in_none(port: int, taken: str, free: str) -> None:
+    with other_program(taken, port):
+        with pytest.raises(OSError) as caught:
+            listen_localhost(port)
+        assert caught.value.errno == errno.EADDRINUSE
+        with other_program(free, port):
+            pass  # nothing of ours was left behind
+
+
+@pytest.mark.parametrize(
+    ("address", "dual"),
+    [("0.0.0.0", False), *([("::", False), ("::", True)] if has_ipv6() else [])],
+)
+async def test_a_wildcard_listener_of_another_program_is_in_the_way(
+    port: int, address: str, dual: bool
+) -> None:
+    with other_program(address, port, dual=dual):
+        with pytest.raises(OSError) as caught:
+            listen_localhost(port)
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_a_port_whose_last_connection_is_in_time_wait_can_be_taken(port: int) -> None:
+    with other_program("127.0.0.1", port) as server:
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+        accepted.close()  # the side that closes first keeps the port in TIME_WAIT
+        assert client.recv(1) == b""
+        client.close()
+    for listener in listen_localhost(port):
+        listener.socket.close()
+
+
+def may_bind_any_port() -> bool:
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 1))
+    except PermissionError:
+        return False
+    return True
+
+
+async def test_a_privileged_port_is_refused_to_an_ordinary_user() -> None:
+    if may_bind_any_port():
+        pytest.skip("this user may bind any port")
+    with pytest.raises(PermissionError):
+        listen_localhost(1)
+
+
+async def test_a_host_without_ipv6_is_served_on_ipv4(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = forwarders._bound
+
+    def bound(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
+        if family is socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, address, port)
+
+    monkeypatch.setattr(forwarders, "_bound", bound)
+    (listener,) = listen_localhost(port)
+    assert listener.socket.getsockname() == ("127.0.0.1", port)
+    listener.socket.close()
+
+
+# --- carrying --------------------------------------------------------------------------------------
+
+
+async def test_the_guest_may_answer_after_the_client_has_ended(port: int) -> None:
+    async def answer(stream: trio.abc.HalfCloseableStream) -> None:
+        async with stream:
+            request = b"".join([chunk async for chunk in stream])
+            await stream.send_all(request.upper() * 100_000)
+
+    async with forwarding(port, answer):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            assert await exchange(client, b"ten bytes!") == b"TEN BYTES!" * 100_000
+
+
+async def test_the_client_may_go_on_after_the_guest_has_ended(port: int) -> None:
+    received = bytearray()
+    done = trio.Event()
+
+    async def talk_first(stream: trio.abc.HalfCloseableStream) -> None:
+        async with stream:
+            await stream.send_all(b"bye")
+            await stream.send_eof()
+            async for chunk in stream:
+                received.extend(chunk)
+            done.set()
+
+    async with forwarding(port, talk_first):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            assert b"".join([chunk async for chunk in client]) == b"bye"
+            await client.send_all(b"still here")
+            await client.send_eof()
+            await done.wait()
+    assert received == b"still here"
+
+
+async def test_a_reset_by_the_guest_is_a_reset_for_the_client(port: int) -> None:
+    async def cut(stream: trio.abc.HalfCloseableStream) -> None:
+        assert await stream.receive_some() == b"hello"
+        await abort(stream, ErrorCode.RESET, "test")
+
+    async with forwarding(port, cut):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"hello")
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await client.receive_some()
+            assert cause(caught.value) == errno.ECONNRESET
+
+
+async def test_a_reset_by_the_client_is_a_reset_for_the_guest(port: int) -> None:
+    failed = trio.Event()
+
+    async def listen(stream: trio.abc.HalfCloseableStream) -> None:
+        assert await stream.receive_some() == b"hello"
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await stream.receive_some()
+        assert cause(caught.value) == errno.ECONNRESET
+        await stream.aclose()
+        failed.set()
+
+    async with forwarding(port, listen):
+        client = await trio.open_tcp_stream("127.0.0.1", port)
+        await client.send_all(b"hello")
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await abort(client, ErrorCode.RESET, "test")
+        await failed.wait()
+
+
+async def test_a_guest_that_does_not_read_stops_the_client(port: int) -> None:
+    reading = trio.Event()
+
+    async def slow(stream: trio.abc.HalfCloseableStream) -> None:
+        await reading.wait()
+        await echo(stream)
+
+    async with forwarding(port, slow):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            sent = 0
+            block = bytes(1 << 20)
+            with trio.move_on_after(0.5) as patience:
+                while sent < 256 << 20:
+                    await client.send_all(block)
+                    sent += len(block)
+            assert patience.cancelled_caught, f"{sent} bytes went nowhere"
+            reading.set()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OpenRefused(ErrorCode.REFUSED, "connection refused"), LinkClosed("the link is over"), OSError("odd")],
+)
+async def test_a_connection_that_cannot_be_carried_is_reset(port: int, failure: Exception) -> None:
+    async with forwarding(port, failure):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await client.receive_some()
+            assert cause(caught.value) == errno.ECONNRESET
+
+
+async def test_a_bug_in_one_connection_is_logged_and_leaves_the_others_alone(
+    port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with forwarding(port) as (_, guest):
+        guest.default = ValueError("a bug")
+        with caplog.at_level(logging.ERROR):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+                with pytest.raises(trio.BrokenResourceError):
+                    await client.receive_some()
+        assert "ValueError: a bug" in caplog.text
+        guest.default = echo
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+
+
+OTHER = DialTcp("::1", 80)
+
+
+async def test_the_next_target_is_tried_when_the_first_has_just_died(port: int) -> None:
+    async with forwarding(port, None, (TARGET, OTHER)) as (_, guest):
+        guest.servers[OTHER] = echo
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        assert guest.dialled == [TARGET, OTHER]
+
+
+async def test_the_next_target_is_not_tried_after_another_kind_of_refusal(port: int) -> None:
+    async with forwarding(port, OpenRefused(ErrorCode.LIMIT, "too many"), (TARGET, OTHER)) as (_, guest):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            with pytest.raises(trio.BrokenResourceError):
+                await client.receive_some()
+        assert guest.dialled == [TARGET]
+
+
+async def test_a_closed_port_refuses_at_once_and_its_connections_live_on(port: int) -> None:
+    async with forwarding(port) as (forwarder, _):
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"before")
+            assert await client.receive_some() == b"before"
+            forwarder.close()
+            for address in HOSTS:
+                with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port)):
+                    pass
+            assert await exchange(client, b"after") == b"after"
+
+
+async def test_two_hundred_connections_at_once_leave_nothing_behind(port: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with forwarding(port):
+        async with AsyncExitStack() as stack:
+            clients = []
+            for _ in range(200):
+                client = await trio.open_tcp_stream("127.0.0.1", port)
+                clients.append(await stack.enter_async_context(client))
+            for number, client in enumerate(clients):
+                await client.send_all(b"%d" % number)
+            for number, client in enumerate(clients):
+                assert await client.receive_some() == b"%d" % number
+        await trio.testing.wait_all_tasks_blocked(0.05)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+async def test_beyond_the_limit_of_connections_clients_wait_for_a_place(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One place for the connection and one for each family's pending accept.
+    monkeypatch.setattr(forwarders, "MAX_CONNECTIONS", len(HOSTS))
+    async with forwarding(port) as (_, guest):
+        clients = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(3)]
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert len(guest.dialled) == 1
+        for client in clients:
+            assert await exchange(client, b"hello") == b"hello"
+            await client.aclose()
+
+
+class ExhaustedListener:
+    """Stands for a listening socket in a process that has no descriptor left for a while."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+        self.calls: list[float] = []
+
+    async def accept(self) -> trio.SocketStream:
+        self.calls.append(trio.current_time())
+        if len(self.calls) <= self.failures:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise trio.ClosedResourceError
+
+
+async def test_a_process_without_descriptors_pauses_and_goes_on(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = ExhaustedListener(failures=3)
+    forwarder = Forwarder([listener], tuple, Guest.dial)  # type: ignore[list-item, arg-type]
+    async with trio.open_nursery() as nursery:
+        await forwarder.serve(nursery)
+    assert listener.calls == pytest.approx([0, 0.2, 0.4, 0.6])
+    assert "Too many open files" in caplog.text
+
+
+# --- unix sockets ----------------------------------------------------------------------------------
+
+DOCKER = DialUnix("/run/docker.sock")
+
+
+@asynccontextmanager
+async def unix_forwarding(path: Path, server: object = echo) -> AsyncIterator[Guest]:
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            guest = Guest(nursery)
+            guest.default = server
+            await nursery.start(UnixForwarder(path, DOCKER, guest.dial).run)
+            yield guest
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_unix_socket_leads_into_the_guest_and_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    async with unix_forwarding(path) as guest:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        async with await trio.open_unix_socket(path) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        assert guest.dialled == [DOCKER]
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_unix_connection_that_cannot_be_carried_ends(tmp_path: Path) -> None:
+    async with unix_forwarding(tmp_path / "s", None):
+        async with await trio.open_unix_socket(tmp_path / "s") as client:
+            assert await client.receive_some() == b""
+
+
+async def test_a_socket_that_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    async with unix_forwarding(path):
+        async with await trio.open_unix_socket(path) as client:
+            assert await exchange(client, b"hello") == b"hello"
+
+
+async def test_a_socket_that_answers_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as alive:
+        alive.bind(str(path))
+        alive.listen()
+        with pytest.raises(UserError, match="another process listens"):
+            listen_unix(path)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert os.listdir(tmp_path) == ["docker.sock"]
+
+
+async def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    path.write_text("precious")
+    with pytest.raises(UserError, match="is not a socket"):
+        listen_unix(path)
+    assert path.read_text() == "precious"
+
+
+async def test_a_path_too_long_for_the_system_is_explained(tmp_path: Path) -> None:
+    room = MAX_UNIX_PATH - len(os.fsencode(tmp_path)) - 1
+    if room < 12:
+        pytest.skip("the temporary directory's own path is too long")
+    listen_unix(tmp_path / ("x" * room)).socket.close()
+    with pytest.raises(UserError, match=f"{MAX_UNIX_PATH + 1} bytes") as caught:
+        listen_unix(tmp_path / ("x" * (room + 1)))
+    assert "AGENTCTL_HOME" in caught.value.hint
+
+
+async def test_the_path_of_a_successor_is_not_unlinked(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    async with unix_forwarding(path):
+        path.unlink()
+        successor = listen_unix(path)
+    assert path.is_socket()
+    successor.socket.close()
+
+
+async def test_a_directory_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        listen_unix(tmp_path / "missing" / "docker.sock")
+
+
+# --- the runner ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def running(server: object = echo) -> AsyncIterator[tuple[ForwardRunner, list[Event], Guest]]:
+    """A runner with a guest in which everything listens on 0.0.0.0."""
+    events: list[Event] = []
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            guest = Guest(nursery)
+            guest.default = server
+            runner = ForwardRunner(guest.dial, events.append)
+            await nursery.start(runner.run)
+            yield runner, events, guest
+            nursery.cancel_scope.cancel()
+
+
+def on(port: int) -> Listener:
+    return Listener(Proto.TCP, "0.0.0.0", port, "docker.service")
+
+
+async def test_a_listener_of_the_guest_answers_on_localhost_until_it_goes(port: int) -> None:
+    async with running() as (runner, events, guest):
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("localhost", port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        assert guest.dialled == [DialTcp("127.0.0.1", port)]
+        await runner.on_listeners(Listeners(False, [], [on(port)]))
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pass
+        assert [(event.kind, event.fields["port"]) for event in events] == [
+            ("port-listening", str(port)),
+            ("port-closed", str(port)),
+        ]
+
+
+async def test_an_event_comes_when_the_port_can_be_reached_already(port: int) -> None:
+    reached: list[str] = []
+
+    def connect(event: Event) -> None:
+        with socket.create_connection(("127.0.0.1", port)):
+            reached.append(event.kind)
+
+    async with trio.open_nursery() as nursery:
+        runner = ForwardRunner(Guest(nursery).dial, connect)
+        await nursery.start(runner.run)
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        nursery.cancel_scope.cancel()
+    assert reached == ["port-listening"]
+
+
+async def test_a_taken_port_is_taken_over_when_it_becomes_free(
+    port: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running() as (runner, events, _):
+        with other_program("0.0.0.0", port):
+            await runner.on_listeners(Listeners(True, [on(port)]))
+            assert [row.state for row in runner.rows()] == [ForwardState.CONFLICT]
+            await trio.sleep(10)
+            assert [event.kind for event in events] == ["port-conflict"]
+            assert "in use on the host" in events[0].fields["reason"]
+        await trio.sleep(5)
+        assert [row.state for row in runner.rows()] == [ForwardState.LISTENING]
+        assert [event.kind for event in events] == ["port-conflict", "port-listening"]
+
+
+async def test_a_lost_link_keeps_the_port_and_its_clients_until_the_next_session(port: int) -> None:
+    async with running() as (runner, _, guest):
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        runner.link_lost()
+        back = trio.Event()
+
+        async def wait_for_the_link(target: Target) -> trio.abc.HalfCloseableStream:
+            await back.wait()
+            return await guest.dial(target)
+
+        runner._dial = wait_for_the_link
+        runner._forwarders[port]._dial = wait_for_the_link
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"hello")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await runner.on_listeners(Listeners(True, [on(port)]))
+            back.set()
+            assert await exchange(client, b" again") == b"hello again"
+
+
+async def test_a_session_that_does_not_name_a_port_any_more_closes_it(
+    port: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with running() as (runner, _, _):
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        runner.link_lost()
+        await runner.on_listeners(Listeners(True, []))
+        await trio.sleep(2)
+        assert runner.rows() == []
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pass
+
+
+async def test_a_runner_that_ends_closes_its_ports_and_resets_its_connections(port: int) -> None:
+    with trio.fail_after(20):
+        async with running() as (runner, _, _):
+            await runner.on_listeners(Listeners(True, [on(port)]))
+            client = await trio.open_tcp_stream("127.0.0.1", port)
+            await client.send_all(b"hello")
+            assert await client.receive_some() == b"hello"
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+        await client.aclose()
+        for listener in listen_localhost(port):
+            listener.socket.close()
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        assert runner.rows() == []
+
+
+async def test_two_hundred_ports_open_and_close_at_once() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with running() as (runner, events, _):
+        ports = [on(port) for port in range(20_000, 20_200)]
+        await runner.on_listeners(Listeners(True, ports))
+        states = [row.state for row in runner.rows()]
+        assert len(states) == 200
+        opened = states.count(ForwardState.LISTENING)
+        assert opened > 150, "others of this machine may have a few of them"
+        assert len(os.listdir("/proc/self/fd")) >= before + opened * len(HOSTS)
+        await runner.on_listeners(Listeners(False, [], ports))
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        assert [event.kind for event in events].count("port-closed") == 200
