@@ -1,0 +1,453 @@
+"""The host agent of one instance: the process that boots its VM and makes it feel like localhost.
+
+    python -m host_agent.daemon DIRECTORY --lock-fd FD --keeper-fd FD
+
+The composition root: everything is put together here and nothing is decided here. The law: whatever the
+agent opened (listeners, sockets, QEMU) is closed in the order in which it was opened, reversed, on every
+way out; and if the agent is killed, the next one finds the VM running and takes it over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pwd
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from host_agent import agentlog, docker_context, docker_ready, groups, guest_units, keeper, sizes, state
+from host_agent import config as configuration
+from host_agent.api_server import Answers, ApiServer
+from host_agent.boot import Booter, vm_files
+from host_agent.cleanup import clean_up, remember
+from host_agent.client import hello
+from host_agent.docker_context import Activation
+from host_agent.errors import ExitCode, UserError
+from host_agent.events import EventLog
+from host_agent.forwarders import ForwardRunner, UnixForwarder
+from host_agent.guest_link import GuestLink
+from host_agent.paths import Home, InstancePaths
+from host_agent.process import ProcessIdentity
+from host_agent.qmp import QmpClosed, QmpError
+from host_agent.vm import VirtualMachine
+from protocol import build
+from protocol.api import (
+    Configure,
+    Forwards,
+    GetGuestInfo,
+    GuestInfo,
+    InstanceStatus,
+    Listeners,
+    Shutdown,
+    Stage,
+    StopInstance,
+)
+from protocol.errors import AgentctlProtocolError
+from protocol.link import Link, Service
+from provision import image as images
+from provision import recipe as recipes
+
+logger = logging.getLogger(__name__)
+
+#: How long the guest may take to shut down in good order, seconds: longer than systemd there gives Docker
+#: (TimeoutStopSec in provision/guest), which waits for containers as long as they ask for.
+SHUTDOWN_TIME = 120.0
+
+#: How long the guest agent may take to come back, and to answer that it shuts down, seconds.
+GUEST_RETURN_TIME = 15.0
+SHUTDOWN_REPLY_TIME = 30.0
+
+#: How often QEMU is asked whether it had to stop the guest, seconds.
+VM_CHECK_INTERVAL = 5.0
+
+#: Free bytes on the host's disk with which a guest that was stopped for want of them goes on.
+RESUME_SPACE = 1 << 30
+
+DISK_FULL = "the host's disk is full, and the VM waits"
+DISK_FULL_HINT = f"make room; it goes on by itself once {sizes.show(RESUME_SPACE)} are free"
+
+#: How long `status` waits for the guest's part of the answer, seconds.
+GUEST_INFO_TIME = 2.0
+
+_GUEST_USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+
+
+class HostAgent:
+    """One run of an instance, from QEMU's start (or adoption) to its end."""
+
+    def __init__(self, home: Home, paths: InstancePaths, lock: int) -> None:
+        self._home = home
+        self._paths = paths
+        self._lock = lock
+        self._host = configuration.Host.measure()
+        self._config = configuration.load(paths.config, self._host)
+        self._recipe = recipes.load()
+        self._image = images.find(home.images, self._recipe.digest)
+        self._events = EventLog()
+        self._stage = Stage.STARTING
+        self._detail = ""
+        self._hint = ""
+        self._disk_full = False
+        self._vm: VirtualMachine | None = None
+        self._stop: StopInstance | None = None
+        self._work = trio.CancelScope()
+        self._over = trio.Event()
+        self._connected = trio.Event()
+        service = Service()
+        service.on_notice(Listeners, self._on_listeners)
+        self._guest = GuestLink(
+            paths.control_socket,
+            hello("agentctl-host"),
+            service,
+            on_up=self._guest_up,
+            on_down=self._guest_down,
+        )
+        self._forwards = ForwardRunner(self._guest.dial, self._events.publish)
+        answers = Answers(
+            status=self.status,
+            forwards=lambda: Forwards(self._forwards.rows()),
+            stop=self.stop,
+            dial=self._guest.dial,
+        )
+        self._api = ApiServer(paths.agent_socket, answers, self._events)
+
+    async def run(self, keeper_pipe: int) -> None:
+        """Live until the instance is over, whatever ends it."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._api.run)
+            nursery.start_soon(self._watch_keeper, keeper_pipe)
+            await nursery.start(self._watch_signals)
+            try:
+                with groups.collapsed():
+                    await self._live()
+                self._end(Stage.STOPPED, "stopped")
+            except UserError as error:
+                self._fail(error)
+            await self._api.farewell(self._detail)
+            nursery.cancel_scope.cancel()
+
+    async def _live(self) -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._forwards.run)
+            nursery.start_soon(self._guest.run)
+            # Not `finally`: if this agent has a bug, the VM stays, and the next agent takes it over.
+            try:
+                with self._work, groups.collapsed():
+                    await self._work_until_vm_ends()
+                await self._shut_down()
+            except UserError:
+                await self._clean_up()
+                raise
+            await self._clean_up()
+            nursery.cancel_scope.cancel()
+
+    async def _work_until_vm_ends(self) -> None:
+        self._vm = await VirtualMachine.adopt(vm_files(self._paths))
+        if state.load(self._paths.state).stopping:
+            # The agent before us was killed while it stopped the instance; that is what is still wanted.
+            self._enter(Stage.STOPPING, "stopping")
+            return
+        if self._vm is None:
+            self._vm = await self._boot()
+        else:
+            self._events.say("adopted", "found the VM running", pid=str(self._vm.identity.pid))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve_docker)
+            nursery.start_soon(self._watch_vm, self._vm)
+            nursery.start_soon(agentlog.keep_bounded, self._paths.console_log, agentlog.MAX_LOG)
+            ending = await self._vm.wait()
+            nursery.cancel_scope.cancel()
+        if self._vm.ended_cleanly():
+            self._events.say("powered-off", "the guest powered itself off")
+            return
+        raise UserError(f"the VM ended unexpectedly: {ending}", "start it again: agentctl up", ExitCode.BOOT)
+
+    async def _boot(self) -> VirtualMachine:
+        if self._image is None:
+            raise UserError("the guest image is not built yet", "run: agentctl up", ExitCode.BOOT)
+        configuration.check(self._config, self._host)
+        self._enter(Stage.BOOTING, "booting the VM")
+        booter = Booter(self._home, self._paths, self._config, self._image, self._events)
+
+        def started(vm: VirtualMachine) -> None:
+            self._vm = vm
+            assert booter.verdict is not None
+            remember(
+                self._paths,
+                accelerator=booter.verdict.accelerator.value,
+                accelerator_reason=booter.verdict.reason,
+                boot_restarts=booter.policy.restarts,
+            )
+
+        return await booter.boot(self._connected, started)
+
+    async def _watch_vm(self, vm: VirtualMachine) -> None:
+        """QEMU stops a guest whose disk cannot grow. Say so, and let it go on when there is room again."""
+        while True:
+            await trio.sleep(VM_CHECK_INTERVAL)
+            try:
+                stopped = await vm.run_state() == "io-error"
+                free = shutil.disk_usage(self._paths.directory).free
+                if stopped and free >= RESUME_SPACE:
+                    await vm.resume()
+                    stopped = False
+            except (QmpClosed, QmpError) as error:
+                logger.info("QEMU did not say how it is: %s", error)
+                continue
+            self._note_full_disk(stopped)
+
+    def _note_full_disk(self, stopped: bool) -> None:
+        if stopped and not self._disk_full:
+            self._events.say("disk-full", DISK_FULL, hint=DISK_FULL_HINT)
+        elif self._disk_full and not stopped:
+            self._events.say("disk-has-room", "there is room on the disk again; the VM goes on")
+        self._disk_full = stopped
+
+    async def _serve_docker(self) -> None:
+        """The docker socket, and the context once dockerd answers on it."""
+        async with trio.open_nursery() as nursery:
+            forwarder = UnixForwarder(self._paths.docker_socket, docker_ready.DOCKER_SOCKET, self._guest.dial)
+            await nursery.start(forwarder.run)
+            self._enter(Stage.DOCKER, "waiting for Docker")
+            if failure := await self._docker_failure():
+                self._enter(Stage.DOCKER, *failure)
+                self._events.say("docker-failed", self._detail, hint=self._hint)
+                return
+            await self._activate_context()
+            self._enter(Stage.RUNNING, "ready")
+
+    async def _docker_failure(self) -> tuple[str, str] | None:
+        """None once dockerd answers; or, as a sentence and a hint, why it will not."""
+        failure: tuple[str, str] | None = guest_units.NEEDED["docker.service"]
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                nonlocal failure
+                failure = await guest_units.wait_for_failure(self._guest.dial)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            if await docker_ready.wait_until_ready(self._guest.dial):
+                failure = None
+            nursery.cancel_scope.cancel()
+        return failure
+
+    async def _activate_context(self) -> None:
+        directory = docker_context.config_dir(os.environ)
+        name = docker_context.context_name(self._paths.name)
+        before = state.load(self._paths.state).previous_context
+        remembered = None if before is None else Activation(name, before, active=True)
+
+        def write() -> Activation:
+            docker_context.create(directory, name, self._paths.docker_socket, f"agentctl {self._paths.name}")
+            return docker_context.activate(directory, name, remembered)
+
+        try:
+            activation = await trio.to_thread.run_sync(write)
+        except OSError as error:
+            self._events.say("docker-context", f"the docker context could not be written: {error}")
+            return
+        remember(self._paths, previous_context=activation.previous if activation.active else None)
+        message = activation.warning or f"docker context {name} is active"
+        self._events.say("docker-context", message, context=name)
+
+    # --- the guest's side -------------------------------------------------------------------------
+
+    async def _guest_up(self, link: Link) -> None:
+        user = pwd.getpwuid(os.geteuid())
+        name = user.pw_name if _GUEST_USER.fullmatch(user.pw_name) else "agentctl"
+        configured = await link.request(
+            Configure(
+                hostname=docker_context.context_name(self._paths.name),
+                clock_ns=time.time_ns(),
+                user=name,
+                uid=user.pw_uid,
+            )
+        )
+        self._events.say(
+            "guest-connected",
+            "the guest agent is connected",
+            clock_step_ms=str(configured.clock_step_ns // 1_000_000),
+        )
+        self._connected.set()
+
+    def _guest_down(self) -> None:
+        self._forwards.link_lost()
+        self._events.say("guest-lost", "the guest agent is gone; waiting for it")
+
+    async def _on_listeners(self, notice: Listeners) -> None:
+        await self._forwards.on_listeners(notice)
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    async def stop(self, request: StopInstance) -> None:
+        """Stop the instance; returns when it is over."""
+        self._stop = request if self._stop is None or request.force else self._stop
+        remember(self._paths, stopping=True)
+        self._enter(Stage.STOPPING, "stopping")
+        self._work.cancel()
+        await self._over.wait()
+
+    async def _shut_down(self) -> None:
+        """In good order if the guest can be asked, by the power button else, and at last by force."""
+        vm = self._vm
+        if vm is None or not vm.alive():
+            return
+        if self._stop is not None and self._stop.force:
+            await vm.quit()
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._shut_down_in_time, vm)
+            await vm.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _shut_down_in_time(self, vm: VirtualMachine) -> None:
+        patience = await self._ask_guest_to_shut_down(vm)
+        await trio.sleep(patience)
+        self._events.say("forced", f"the guest did not shut down within {patience:.0f} s; ending it")
+        await vm.quit()
+
+    async def _ask_guest_to_shut_down(self, vm: VirtualMachine) -> float:
+        """How long the guest may take now, seconds; 0 if there is no way to ask it."""
+        try:
+            # After a restart of this agent the session may not be there yet.
+            link = await self._guest.wait(GUEST_RETURN_TIME)
+            await link.request(Shutdown(), timeout=SHUTDOWN_REPLY_TIME)
+            return SHUTDOWN_TIME
+        except AgentctlProtocolError as error:
+            logger.warning("the guest agent could not be asked to shut down: %s", error)
+        try:
+            await vm.powerdown()
+            return SHUTDOWN_TIME
+        except (QmpClosed, QmpError) as error:
+            logger.warning("the power button does not work: %s", error)
+            return 0.0
+
+    async def _clean_up(self) -> None:
+        if self._vm is not None and self._vm.alive():
+            await self._vm.quit()
+        if warning := await trio.to_thread.run_sync(clean_up, self._paths):
+            self._events.say("docker-context", warning)
+
+    def _fail(self, error: UserError) -> None:
+        remember(
+            self._paths,
+            wanted=False,
+            failure=error.message,
+            hint=error.hint,
+            failure_code=int(error.exit_code),
+        )
+        self._enter(Stage.FAILED, error.message)
+        self._events.say("failed", error.message, hint=error.hint, code=str(int(error.exit_code)))
+        self._over.set()
+
+    def _end(self, stage: Stage, detail: str) -> None:
+        remember(self._paths, wanted=False, failure="", hint="", failure_code=0)
+        self._enter(stage, detail)
+        self._over.set()
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    def _enter(self, stage: Stage, detail: str, hint: str = "") -> None:
+        if self._stage in (Stage.STOPPING,) and stage not in (Stage.STOPPED, Stage.FAILED):
+            return
+        self._stage, self._detail, self._hint = stage, detail, hint
+        self._events.say("stage", detail, stage=stage.value)
+
+    async def status(self) -> InstanceStatus:
+        """The instance as it is now; the guest's part is left out if it does not answer soon."""
+        current = state.load(self._paths.state)
+        link = self._guest.current
+        return InstanceStatus(
+            name=self._paths.name,
+            stage=self._stage,
+            detail=DISK_FULL if self._disk_full else self._detail,
+            hint=DISK_FULL_HINT if self._disk_full else self._hint,
+            accelerator=current.accelerator,
+            cpus=self._config.cpus,
+            memory=self._config.memory,
+            disk=self._config.disk,
+            image=self._recipe.digest,
+            qemu_pid=self._vm.identity.pid if self._vm and self._vm.alive() else 0,
+            agent_pid=os.getpid(),
+            started_at=current.started_at,
+            restarts=current.boot_restarts,
+            guest_connected=link is not None,
+            guest_digest=link.peer.digest if link else "",
+            host_digest=build.digest(),
+            docker_socket=str(self._paths.docker_socket),
+            docker_context=docker_context.context_name(self._paths.name),
+            guest=await _guest_info(link) if link else None,
+            agent_sessions=self._guest.sessions,
+            agent_restarts=current.agent_restarts,
+            accelerator_reason=current.accelerator_reason,
+        )
+
+    # --- watching ---------------------------------------------------------------------------------
+
+    async def _watch_keeper(self, pipe: int) -> None:
+        """Start a new keeper whenever ours dies: its end of the pipe is closed by its death."""
+        while True:
+            await trio.lowlevel.wait_readable(pipe)
+            os.close(pipe)
+            pipe, writer = os.pipe()
+            self._events.say("keeper", "the keeper died; starting another")
+            await trio.to_thread.run_sync(
+                partial(keeper.spawn, self._paths, self._lock, adopt=os.getpid(), alive=writer)
+            )
+            os.close(writer)
+
+    async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Asked to end (a logout, a shutdown of the host): the guest is shut down in good order."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            task_status.started()
+            async for _ in received:
+                self._stop = self._stop or StopInstance()
+                remember(self._paths, stopping=True)
+                self._enter(Stage.STOPPING, "stopping on a signal")
+                self._work.cancel()
+
+
+async def _guest_info(link: Link) -> GuestInfo | None:
+    try:
+        return await link.request(GetGuestInfo(), timeout=GUEST_INFO_TIME)
+    except AgentctlProtocolError:
+        return None
+
+
+def raise_descriptor_limit() -> None:
+    """Every forwarded connection takes two descriptors; the usual soft limit of 1,024 is soon reached."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="agentctl-host")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--lock-fd", type=int, required=True)
+    parser.add_argument("--keeper-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    raise_descriptor_limit()
+    os.umask(0o077)
+    paths = InstancePaths(arguments.directory)
+    agentlog.log_to(paths.agent_log)
+    if identity := ProcessIdentity.of(os.getpid()):
+        identity.write(paths.agent_identity)
+    home = Home(arguments.directory.parent.parent)
+    agent = HostAgent(home, paths, arguments.lock_fd)
+    groups.run(agent.run, arguments.keeper_fd)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

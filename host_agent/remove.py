@@ -1,0 +1,34 @@
+"""Removing an instance. The law: the data disk goes only when it is named, and last."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+from host_agent import docker_context, state
+from host_agent.errors import ExitCode, UserError
+from host_agent.paths import InstancePaths
+
+
+def remove(paths: InstancePaths, *, data: bool) -> None:
+    """Remove the files of a stopped instance, and with ``data`` its disk. Raises ``UserError`` if it runs.
+
+    A kept disk is found again by the next ``up``.
+    """
+    with state.locked(paths.up_lock) as ours:
+        if not ours or state.is_locked(paths.lock):
+            raise UserError(
+                f"another command is at work on instance {paths.name}",
+                "try again when it is done",
+                ExitCode.BUSY,
+            )
+        docker_context.delete(docker_context.config_dir(os.environ), docker_context.context_name(paths.name))
+        kept = {paths.up_lock} if data else {paths.up_lock, paths.data_disk}
+        for path in sorted(paths.directory.iterdir(), key=lambda path: path == paths.data_disk):
+            if path not in kept:
+                path.unlink()
+        paths.up_lock.unlink()
+    if data:
+        # Another `up` may have come the moment the lock was let go of; then the folder is its own.
+        with contextlib.suppress(OSError):
+            paths.directory.rmdir()

@@ -1,0 +1,291 @@
+"""``agentctl up``: from whatever state the instance is in to one that runs, with progress on the way.
+
+The law: whoever asks for an instance that another ``up`` is just starting gets that one; a ^C ends what
+this ``up`` started and nothing else; and what fails leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+
+import trio
+
+from host_agent import config as configuration
+from host_agent import docker_context, docker_tools, groups, keeper, state
+from host_agent.boot import find_qemu
+from host_agent.client import RESTART_TIME, ConnectionLost, connected
+from host_agent.config import Host, InstanceConfig, Wishes
+from host_agent.errors import ExitCode, UserError
+from host_agent.paths import Home, InstancePaths
+from protocol.api import Event, GetStatus, InstanceStatus, Stage, StopInstance, Subscribe
+from protocol.errors import AgentctlProtocolError
+from protocol.link import Link, Service
+from provision import image as images
+from provision import recipe as recipes
+from provision.errors import ProvisionError
+
+Progress = Callable[[str], None]
+
+#: A host agent answers this long after its keeper was started, also on a machine that is very busy, seconds.
+AGENT_START_TIME = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpResult:
+    """The instance after ``up``. ``warnings`` are sentences for the user."""
+
+    status: InstanceStatus
+    started: bool
+    warnings: tuple[str, ...]
+
+
+def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) -> UpResult:
+    """Bring the instance up. Raises ``UserError``, or ``KeyboardInterrupt`` with everything undone."""
+    home.ensure()
+    paths.ensure()
+    host = Host.measure()
+    config = wishes.applied(configuration.load(paths.config, host))
+    config = configuration.with_kept_disk(config, wishes, paths.data_disk)
+    configuration.check(config, host)
+    while True:
+        try:
+            running = groups.run(_running, paths, progress)
+        except _Ending:
+            # It is just ending: its socket has gone and its processes have not.
+            if _lock_is_free_soon(paths):
+                continue
+            raise
+        if running is not None:
+            return _joined(paths, running, config)
+        with state.locked(paths.up_lock) as ours:
+            if ours:
+                # Another up may have finished between our look and our lock.
+                if state.is_locked(paths.lock):
+                    continue
+                return _start(home, paths, config, progress)
+        progress("another agentctl command is starting this instance; waiting for it")
+        while state.is_locked(paths.up_lock):
+            time.sleep(0.2)
+
+
+def _lock_is_free_soon(paths: InstancePaths) -> bool:
+    deadline = time.monotonic() + RESTART_TIME
+    while state.is_locked(paths.lock):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _joined(paths: InstancePaths, running: InstanceStatus, config: InstanceConfig) -> UpResult:
+    warnings = _environment_warnings(paths)
+    asked = {"cpus": config.cpus, "memory": config.memory, "disk": config.disk}
+    current = {"cpus": running.cpus, "memory": running.memory, "disk": running.disk}
+    changed = [name for name in asked if asked[name] != current[name]]
+    if changed:
+        warnings = (
+            *warnings,
+            f"the instance is already running; {', '.join(changed)} stay as they are until you restart it:"
+            " agentctl stop, then agentctl up with the same flags",
+        )
+    return UpResult(running, started=False, warnings=warnings)
+
+
+def _environment_warnings(paths: InstancePaths) -> tuple[str, ...]:
+    name = docker_context.context_name(paths.name)
+    warning = docker_context.override_warning(os.environ, name, paths.docker_socket)
+    return (warning,) if warning else ()
+
+
+class _Ending(UserError):
+    """The instance is about to be gone; soon it can be started."""
+
+
+async def _running(paths: InstancePaths, progress: Progress) -> InstanceStatus | None:
+    """The instance if it runs already, or when another command has it running; None if it does not."""
+    if not state.is_locked(paths.lock):
+        return None
+    living = False
+    try:
+        async with _following(paths, progress, AGENT_START_TIME) as (link, outcome):
+            status = await link.request(GetStatus())
+            living = status.stage not in (Stage.STOPPED, Stage.FAILED)
+            if living and status.stage is not Stage.RUNNING:
+                await _joined_start(status, link, outcome)
+            return await link.request(GetStatus())
+    except UserError as error:
+        if living:
+            raise _recorded_failure(paths) or error from None
+        raise _Ending(
+            f"instance {paths.name} does not answer", "end it: agentctl stop --force", ExitCode.BUSY
+        ) from None
+
+
+async def _joined_start(status: InstanceStatus, link: Link, outcome: _Outcome) -> None:
+    if status.stage is Stage.STOPPING:
+        raise UserError(
+            f"instance {status.name} is just stopping", "try again in a few seconds", ExitCode.BUSY
+        )
+    if status.stage is Stage.DOCKER and status.hint:
+        raise UserError(status.detail, status.hint, ExitCode.DOCKER)
+    await outcome.wait(link)
+
+
+def _start(home: Home, paths: InstancePaths, config: InstanceConfig, progress: Progress) -> UpResult:
+    configuration.check_disk(config, paths.data_disk)
+    find_qemu()
+    try:
+        image = images.ensure(home.images, recipes.load(), progress)
+    except ProvisionError as error:
+        raise UserError(error.message, error.hint, ExitCode.RESOURCES) from None
+    progress(f"image {image.manifest.digest}, Debian {image.manifest.suite}")
+    warnings = groups.run(_docker_tools, home, progress)
+    configuration.save(paths.config, config)
+    current = state.load(paths.state)
+    fresh = state.InstanceState(
+        wanted=True, started_at=time.time(), previous_context=current.previous_context
+    )
+    lock = state.try_lock(paths.lock)
+    if lock is None:
+        raise UserError(
+            f"instance {paths.name} is being started by another command", "try again", ExitCode.BUSY
+        )
+    try:
+        try:
+            state.save(paths.state, fresh)
+            keeper.spawn(paths, lock)
+        finally:
+            # The keeper has it now; an open file description is locked as long as any descriptor of it lives.
+            os.close(lock)
+        status = groups.run(_follow_start, paths, progress)
+    except KeyboardInterrupt:
+        progress("interrupted; stopping the VM")
+        with _interrupts_ignored():
+            groups.run(abandon, paths)
+        raise
+    except UserError as error:
+        # A VM without Docker is left for a look inside; one that somebody else stops is theirs.
+        if error.exit_code not in (ExitCode.DOCKER, ExitCode.BUSY):
+            groups.run(abandon, paths)
+        raise
+    return UpResult(
+        status, started=True, warnings=(*warnings, *_slowness(status), *_environment_warnings(paths))
+    )
+
+
+def _slowness(status: InstanceStatus) -> tuple[str, ...]:
+    """Emulation that nobody asked for costs a factor of ten; the reason is often quickly mended."""
+    if status.accelerator != "tcg" or status.accelerator_reason in ("", "asked for"):
+        return ()
+    return (f"the VM is emulated, which is slow: {status.accelerator_reason}",)
+
+
+async def _docker_tools(home: Home, progress: Progress) -> tuple[str, ...]:
+    """A docker CLI and its plugins where the host has none; without them the VM still is of use."""
+    said = ""
+
+    def report(message: str, fraction: float) -> None:
+        # apt reports many times a second; a line that says nothing new is not a line.
+        nonlocal said
+        if message != said:
+            said = message
+            progress(message)
+
+    try:
+        await docker_tools.ensure(home.tools, progress=report)
+    except (UserError, OSError) as error:
+        hint = getattr(error, "hint", "")
+        return (f"the docker command line is not complete: {error}" + (f" ({hint})" if hint else ""),)
+    return ()
+
+
+async def _follow_start(paths: InstancePaths, progress: Progress) -> InstanceStatus:
+    while True:
+        try:
+            async with _following(paths, progress, AGENT_START_TIME) as (link, outcome):
+                await outcome.wait(link)
+                return await link.request(GetStatus())
+        except ConnectionLost as error:
+            # The agent may have failed and gone before it could tell us; it left its reason behind. One that
+            # was killed is started again by its keeper, and goes on where it was.
+            if not (state.is_locked(paths.lock) and state.load(paths.state).wanted):
+                raise _recorded_failure(paths) or error from None
+        except UserError as error:
+            raise _recorded_failure(paths) or error from None
+
+
+class _Outcome:
+    """How a start ends, learnt from the instance's events."""
+
+    def __init__(self, paths: InstancePaths, progress: Progress) -> None:
+        self._paths = paths
+        self._progress = progress
+        self._done = trio.Event()
+        self._error: UserError | None = None
+
+    async def on_event(self, event: Event) -> None:
+        await trio.lowlevel.checkpoint()
+        if event.kind == "failed":
+            code = ExitCode.of(event.fields.get("code", ""))
+            self._finish(UserError(event.message, event.fields.get("hint", ""), code))
+        elif event.kind == "docker-failed":
+            self._finish(UserError(event.message, event.fields.get("hint", ""), ExitCode.DOCKER))
+        elif event.kind == "stage" and event.fields.get("stage") == Stage.STOPPING:
+            self._finish(
+                UserError(f"instance {self._paths.name} was stopped while it started", "", ExitCode.BUSY)
+            )
+        elif event.kind == "stage" and event.fields.get("stage") == Stage.RUNNING:
+            self._finish(None)
+        else:
+            self._progress(event.message)
+
+    def _finish(self, error: UserError | None) -> None:
+        if not self._done.is_set():
+            self._error = error
+            self._done.set()
+
+    async def wait(self, link: Link) -> None:
+        await link.request(Subscribe())
+        await self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+
+@contextlib.asynccontextmanager
+async def _following(
+    paths: InstancePaths, progress: Progress, patience: float
+) -> AsyncIterator[tuple[Link, _Outcome]]:
+    outcome = _Outcome(paths, progress)
+    service = Service()
+    service.on_notice(Event, outcome.on_event)
+    async with connected(paths, service, patience=patience) as link:
+        yield link, outcome
+
+
+def _recorded_failure(paths: InstancePaths) -> UserError | None:
+    current = state.load(paths.state)
+    if current.wanted or not current.failure:
+        return None
+    return UserError(current.failure, current.hint, ExitCode.of(current.failure_code))
+
+
+async def abandon(paths: InstancePaths) -> None:
+    """End an instance that was just being started, whatever it takes."""
+    state.save(paths.state, replace(state.load(paths.state), wanted=False))
+    with contextlib.suppress(UserError, AgentctlProtocolError):
+        async with connected(paths, patience=AGENT_START_TIME) as link:
+            await link.request(StopInstance(force=True), timeout=30)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,626 @@
+"""The command line and the host agent on the two ends of a real socket; the instance behind it is made up."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+
+import pytest
+import trio
+import trio.testing
+
+from host_agent import api_server, state, up
+from host_agent.api_server import Answers, ApiServer
+from host_agent.client import all_forwards, connected, hello
+from host_agent.errors import ExitCode, UserError
+from host_agent.events import EventLog
+from host_agent.forwarders import listen_unix
+from host_agent.forwards import MAX_WORD
+from host_agent.paths import InstancePaths
+from host_agent.state import InstanceState
+from protocol.api import (
+    DialTcp,
+    Event,
+    Exec,
+    Forward,
+    Forwards,
+    ForwardState,
+    GetForwards,
+    GetStatus,
+    GuestInfo,
+    InstanceStatus,
+    Proto,
+    Stage,
+    StopInstance,
+    Subscribe,
+    Target,
+)
+from protocol.errors import ErrorCode, LinkError, OpenRefused, RpcError
+from protocol.link import Link, Role, Service
+from protocol.messages import MAX_TEXT
+from protocol.muxstream import MuxStream
+
+STATUS = InstanceStatus(
+    *("default", Stage.RUNNING, "ready", "", "kvm", 2, 1 << 30, 1 << 34, "img", 5, 6, 7.0, 0, True),
+    *("d", "d", "/docker.sock", "agentctl"),
+)
+ROW = Forward(Proto.TCP, "::", 80, "127.0.0.1", 80, ForwardState.LISTENING)
+
+
+@dataclass
+class Instance:
+    """What the fake host agent knows."""
+
+    status: InstanceStatus = STATUS
+    stops: list[StopInstance] = field(default_factory=list)
+    over: trio.Event = field(default_factory=trio.Event)
+    refusal: Exception | None = None
+    dialled: list[Target] = field(default_factory=list)
+    guest: trio.abc.HalfCloseableStream | None = None
+    rows: list[Forward] = field(default_factory=lambda: [ROW])
+
+    async def get_status(self) -> InstanceStatus:
+        await trio.lowlevel.checkpoint()
+        return self.status
+
+    def get_forwards(self) -> Forwards:
+        return Forwards(list(self.rows))
+
+    async def stop(self, request: StopInstance) -> None:
+        self.stops.append(request)
+        await self.over.wait()
+
+    async def dial(self, target: Target) -> trio.abc.HalfCloseableStream:
+        await trio.lowlevel.checkpoint()
+        self.dialled.append(target)
+        if self.refusal is not None:
+            raise self.refusal
+        guest_end, relayed = trio.testing.memory_stream_pair()
+        self.guest = guest_end
+        return relayed
+
+
+@dataclass
+class Running:
+    instance: Instance
+    events: EventLog
+    server: ApiServer
+    scope: trio.CancelScope
+    """Cancelled, the server is gone as after a SIGKILL: without a word of its own."""
+
+
+@asynccontextmanager
+async def served(paths: InstancePaths) -> AsyncIterator[Running]:
+    instance, events = Instance(), EventLog()
+    answers = Answers(instance.get_status, instance.get_forwards, instance.stop, instance.dial)
+    server = ApiServer(paths.agent_socket, answers, events)
+    scope = trio.CancelScope()
+
+    async def run(task_status: trio.TaskStatus[None]) -> None:
+        with scope:
+            await server.run(task_status)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        yield Running(instance, events, server, scope)
+        scope.cancel()
+    assert not paths.agent_socket.exists()
+
+
+def listening(events: list[Event]) -> Service:
+    async def on_event(event: Event) -> None:
+        await trio.lowlevel.checkpoint()
+        events.append(event)
+
+    service = Service()
+    service.on_notice(Event, on_event)
+    return service
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(5):
+        while not condition():
+            await trio.sleep(0.005)
+
+
+# --- requests --------------------------------------------------------------------------------------
+
+
+async def test_questions_are_answered(instance: InstancePaths) -> None:
+    async with served(instance):
+        assert stat.S_IMODE(instance.agent_socket.stat().st_mode) == 0o600
+        async with connected(instance) as link:
+            assert await link.request(GetStatus()) == STATUS
+            assert await link.request(GetForwards()) == Forwards([ROW], total=1)
+
+
+# As long as a guest can make them, and as wide as text can be.
+LONGEST = replace(ROW, guest_address="x" * MAX_WORD, unit="x" * MAX_WORD, reason="\U0001f600" * MAX_WORD)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5000])
+async def test_a_table_of_any_length_is_answered_in_pieces(instance: InstancePaths, count: int) -> None:
+    rows = [replace(LONGEST, guest_port=port) for port in range(count)]
+    async with served(instance) as running:
+        running.instance.rows = rows
+        async with connected(instance) as link:
+            assert await all_forwards(link) == rows
+
+
+async def test_a_piece_is_bounded_by_its_bytes_and_there_is_always_some_of_it(
+    instance: InstancePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = [replace(ROW, guest_port=port) for port in range(3)]
+    monkeypatch.setattr(api_server, "MAX_PIECE", 2 * api_server._encoded_size(ROW))
+    async with served(instance) as running:
+        running.instance.rows = [*short, LONGEST]
+        async with connected(instance) as link:
+            assert await link.request(GetForwards()) == Forwards(short[:2], total=4)
+            assert await link.request(GetForwards(2)) == Forwards(short[2:], total=4)
+            assert await link.request(GetForwards(3)) == Forwards([LONGEST], total=4)
+            assert await link.request(GetForwards(4)) == Forwards([], total=4)
+            for offset in (-1, 5):
+                with pytest.raises(RpcError) as caught:
+                    await link.request(GetForwards(offset))
+                assert caught.value.code is ErrorCode.INVALID
+
+
+async def test_the_pieces_are_of_one_moment(instance: InstancePaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_server, "MAX_PIECE", 1)
+    second = replace(ROW, guest_port=81)
+    async with served(instance) as running:
+        running.instance.rows = [ROW, second]
+        async with connected(instance) as link:
+            assert (await link.request(GetForwards())).forwards == [ROW]
+            running.instance.rows = [replace(ROW, guest_port=1), ROW, second]
+            assert await link.request(GetForwards(1)) == Forwards([second], total=2)
+            assert len(await all_forwards(link)) == 3
+
+
+async def test_an_agent_that_knows_nothing_of_pieces_gives_them_all_at_once() -> None:
+    async def old(_: GetForwards) -> Forwards:
+        await trio.lowlevel.checkpoint()
+        return Forwards([ROW, ROW])
+
+    service = Service()
+    service.on_request(GetForwards, old)
+    ours, theirs = trio.testing.memory_stream_pair()
+    link = Link(ours, Role.CLIENT, Service(), hello("agentctl"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Link(theirs, Role.SERVER, service, hello("agentctl-host")).run)
+        await nursery.start(link.run)
+        assert await all_forwards(link) == [ROW, ROW]
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_guests_words_never_make_a_status_too_long(instance: InstancePaths) -> None:
+    long = "\U0001f600" * 200_000
+    guest = GuestInfo(long, 5.0, 1, 1, 2, 3, 4, long)
+    async with served(instance) as running:
+        running.instance.status = replace(STATUS, detail=long, hint=long, guest_digest=long, guest=guest)
+        async with connected(instance) as link:
+            status = await link.request(GetStatus())
+    assert status.guest is not None
+    for text in (
+        status.detail,
+        status.hint,
+        status.guest_digest,
+        status.guest.kernel,
+        status.guest.port_detection,
+    ):
+        assert len(text) == MAX_TEXT
+        assert text.endswith("…")
+    assert replace(status, detail="ready", hint="", guest_digest="d", guest=None) == STATUS
+
+
+async def test_clients_do_not_disturb_each_other(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        async with connected(instance) as first:
+            async with connected(instance) as second:
+                assert await second.request(GetStatus()) == STATUS
+            # One that sends nonsense, and one that goes without a word.
+            for words in (b"GET / HTTP/1.1\r\n\r\n" * 10, b""):
+                async with await trio.open_unix_socket(str(instance.agent_socket)) as stranger:
+                    await stranger.send_all(words)
+            running.instance.status = replace(STATUS, detail="changed")
+            assert (await first.request(GetStatus())).detail == "changed"
+
+
+async def test_stop_is_answered_when_it_is_done_even_though_the_agent_ends_then(
+    instance: InstancePaths,
+) -> None:
+    async with served(instance) as running:
+
+        async def end() -> None:
+            await until(lambda: running.instance.stops)
+            # As the host agent does it: the last word right after the deed.
+            running.instance.over.set()
+            await running.server.farewell("stopped")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+            async with connected(instance) as link:
+                await link.request(StopInstance(force=True), timeout=5)
+        assert running.instance.stops == [StopInstance(force=True)]
+
+
+async def test_the_last_events_arrive_before_the_farewell(instance: InstancePaths) -> None:
+    heard: list[Event] = []
+    async with served(instance) as running:
+        with pytest.raises(UserError, match="the connection to instance default was lost"):
+            async with connected(instance, listening(heard)) as link:
+                await link.request(Subscribe())
+                running.events.say("failed", "no image")
+                await running.server.farewell("failed")
+                await trio.sleep_forever()
+    assert [event.kind for event in heard] == ["failed"]
+
+
+async def test_a_farewell_to_those_who_are_just_leaving(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        async with connected(instance) as link:
+            await link.request(GetStatus())
+        await running.server.farewell("stopped")
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                with suppress(UserError):
+                    async with connected(instance) as link:
+                        await link.request(Subscribe())
+                        nursery.start_soon(running.server.farewell, "stopped")
+                        await link.goodbye("me first")
+        with trio.fail_after(5):
+            await running.server.farewell("stopped again")
+
+
+# --- events ----------------------------------------------------------------------------------------
+
+
+async def test_events_so_far_come_first_then_those_that_happen(instance: InstancePaths) -> None:
+    heard: list[Event] = []
+    async with served(instance) as running:
+        running.events.say("stage", "booting")
+        running.events.say("boot-stage", "guest: kernel")
+        async with connected(instance, listening(heard)) as link:
+            await link.request(Subscribe())
+            running.events.say("stage", "ready", stage="running")
+            await until(lambda: len(heard) == 3)
+    assert [event.message for event in heard] == ["booting", "guest: kernel", "ready"]
+    assert heard[2].fields == {"stage": "running"}
+
+
+async def test_who_did_not_subscribe_hears_nothing(instance: InstancePaths) -> None:
+    heard: list[Event] = []
+    async with served(instance) as running:
+        async with connected(instance, listening(heard)) as link:
+            running.events.say("stage", "booting")
+            await link.request(GetStatus())
+    assert heard == []
+
+
+async def test_a_subscriber_that_left_is_forgotten_at_once(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        for _ in range(3):
+            async with connected(instance) as link:
+                await link.request(Subscribe())
+                assert len(running.events._listeners) == 1
+            await until(lambda: not running.events._listeners)
+        assert running.server._links == set()
+
+
+async def test_a_subscriber_that_does_not_keep_up_is_dropped(
+    instance: InstancePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_server, "MAX_BEHIND", 4)
+    async with served(instance) as running:
+        with pytest.raises(UserError, match="was lost"):
+            async with connected(instance) as link:
+                await link.request(Subscribe())
+                for number in range(6):  # more at once than it may be behind
+                    running.events.say("port", str(number))
+                await trio.sleep_forever()
+        assert running.events._listeners == []
+        async with connected(instance) as link:
+            assert await link.request(GetStatus()) == STATUS
+
+
+# --- exec ------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_relayed_both_ways_with_its_ends(instance: InstancePaths) -> None:
+    target = Exec(["cat"], env={"A": "b"})
+    async with served(instance) as running:
+        async with connected(instance) as link:
+            client = await link.open(target)
+            assert running.instance.dialled == [target]
+            guest = running.instance.guest
+            assert guest is not None
+            await client.send_all(b"in")
+            await client.send_eof()
+            assert await guest.receive_some() == b"in"
+            assert await guest.receive_some() == b""
+            await guest.send_all(b"out")
+            await guest.send_eof()
+            assert await client.receive_some() == b"out"
+            assert await client.receive_some() == b""
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "message"),
+    [
+        (
+            OpenRefused(ErrorCode.NOT_FOUND, "no such command", "try ls"),
+            ErrorCode.NOT_FOUND,
+            "no such command",
+        ),
+        (LinkError("not reachable for 20 s"), ErrorCode.UNREACHABLE, "not reachable for 20 s"),
+    ],
+)
+async def test_why_a_stream_cannot_be_is_passed_on(
+    instance: InstancePaths, refusal: Exception, code: ErrorCode, message: str
+) -> None:
+    async with served(instance) as running:
+        running.instance.refusal = refusal
+        async with connected(instance) as link:
+            with pytest.raises(OpenRefused, match=message) as caught:
+                await link.open(Exec(["x"]))
+            assert caught.value.code is code
+            assert caught.value.hint
+
+
+async def test_only_exec_can_be_opened(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        async with connected(instance) as link:
+            with pytest.raises(OpenRefused):
+                await link.open(DialTcp("127.0.0.1", 22))
+        assert running.instance.dialled == []
+
+
+async def test_a_client_that_leaves_takes_its_process_with_it(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        async with connected(instance) as link:
+            await link.open(Exec(["sleep"]))
+        guest = running.instance.guest
+        assert guest is not None
+        with trio.fail_after(5), suppress(trio.BrokenResourceError):
+            assert await guest.receive_some() == b""
+
+
+async def test_a_client_that_leaves_before_the_answer_leaves_nothing_behind(instance: InstancePaths) -> None:
+    waiting, proceed = trio.Event(), trio.Event()
+    async with served(instance) as running:
+        dial = running.instance.dial
+
+        async def slowly(target: Target) -> trio.abc.HalfCloseableStream:
+            waiting.set()
+            with trio.CancelScope(shield=True):
+                await proceed.wait()
+                return await dial(target)
+
+        running.server._answers = replace(running.server._answers, dial=slowly)
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> MuxStream | None:
+                async with connected(instance) as link:
+                    return await link.open(Exec(["sleep"]))
+
+            nursery.start_soon(ask)
+            await waiting.wait()
+            nursery.cancel_scope.cancel()
+        proceed.set()
+        await until(lambda: running.instance.guest is not None)
+        assert running.instance.guest is not None
+        with trio.fail_after(5), suppress(trio.BrokenResourceError):
+            assert await running.instance.guest.receive_some() == b""
+
+
+# --- the client ------------------------------------------------------------------------------------
+
+
+async def test_nobody_there(instance: InstancePaths) -> None:
+    instance.agent_socket.touch()  # what a power cut leaves
+    with pytest.raises(UserError, match="instance default is not running") as caught:
+        async with connected(instance, patience=60):
+            pass
+    assert caught.value.exit_code is ExitCode.NOT_RUNNING
+    assert caught.value.hint == "start it: agentctl up"
+
+
+async def test_an_agent_that_is_being_started_is_waited_for(instance: InstancePaths) -> None:
+    with state.locked(instance.lock):
+        async with trio.open_nursery() as nursery:
+
+            async def later() -> None:
+                await trio.sleep(0.2)
+                async with served(instance):
+                    await trio.sleep_forever()
+
+            nursery.start_soon(later)
+            async with connected(instance, patience=10) as link:
+                assert await link.request(GetStatus()) == STATUS
+            nursery.cancel_scope.cancel()
+
+
+async def test_patience_has_an_end(instance: InstancePaths) -> None:
+    with state.locked(instance.lock):
+        with trio.fail_after(5), pytest.raises(UserError, match="is not running"):
+            async with connected(instance, patience=0.1):
+                pass
+
+
+@pytest.mark.parametrize("in_good_order", [True, False])
+async def test_losing_the_agent_ends_what_waits_for_it(instance: InstancePaths, in_good_order: bool) -> None:
+    async with served(instance) as running:
+        with trio.fail_after(5), pytest.raises(UserError, match="instance default was lost") as caught:
+            async with connected(instance) as link:
+                await link.request(GetStatus())
+                if in_good_order:
+                    await running.server.farewell("stopped")
+                else:
+                    running.scope.cancel()
+                await trio.sleep_forever()
+        assert caught.value.hint == "see: agentctl status"
+        assert caught.value.exit_code is ExitCode.GENERAL
+
+
+async def test_a_request_that_was_under_way_fails_with_a_sentence(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        with trio.fail_after(5), pytest.raises(UserError, match="instance default was lost"):
+            async with connected(instance) as link:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(link.request, StopInstance())
+                    await until(lambda: running.instance.stops)
+                    running.scope.cancel()
+
+
+async def test_an_agent_of_another_major_version(instance: InstancePaths) -> None:
+    async def old(transport: trio.abc.Stream) -> None:
+        theirs = replace(hello("agentctl-host"), major=hello("x").major + 1)
+        with suppress(LinkError):
+            await Link(transport, Role.SERVER, Service(), theirs).run()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, old, [listen_unix(instance.agent_socket)])
+        with pytest.raises(UserError, match="of another version of agentctl") as caught:
+            async with connected(instance):
+                pass
+        assert caught.value.hint == "restart it: agentctl stop, then agentctl up"
+        nursery.cancel_scope.cancel()
+
+
+async def test_errors_of_the_one_who_uses_it_come_through(instance: InstancePaths) -> None:
+    async with served(instance):
+        with pytest.raises(ZeroDivisionError):
+            async with connected(instance):
+                raise ZeroDivisionError
+        with pytest.raises(RpcError):
+            async with connected(instance):
+                raise RpcError(ErrorCode.TIMEOUT, "no answer")
+
+
+# --- how `up` follows a start ------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def starting(paths: InstancePaths) -> AsyncIterator[Running]:
+    async with served(paths) as running:
+        running.instance.status = replace(STATUS, stage=Stage.STARTING)
+        with state.locked(paths.lock):
+            yield running
+
+
+async def test_up_follows_a_start_to_its_end(instance: InstancePaths) -> None:
+    told: list[str] = []
+    result: list[InstanceStatus] = []
+    async with starting(instance) as running:
+        running.events.say("stage", "booting the VM", stage="booting")
+        async with trio.open_nursery() as nursery:
+
+            async def follow() -> None:
+                result.append(await up._follow_start(instance, told.append))
+
+            nursery.start_soon(follow)
+            await until(lambda: told)
+            running.events.say("booted", "the guest agent is connected")
+            await until(lambda: len(told) == 2)
+            running.instance.status = STATUS
+            running.events.say("stage", "ready", stage="running")
+    assert told == ["booting the VM", "the guest agent is connected"]
+    assert result == [STATUS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message", "code"),
+    [
+        ("failed", {"code": "7", "hint": "look"}, "it broke", ExitCode.BOOT),
+        ("failed", {"code": "99", "hint": "look"}, "it broke", ExitCode.GENERAL),
+        ("docker-failed", {"hint": "look"}, "it broke", ExitCode.DOCKER),
+        ("stage", {"stage": "stopping"}, "instance default was stopped while it started", ExitCode.BUSY),
+    ],
+)
+async def test_up_says_why_a_start_failed(
+    instance: InstancePaths, kind: str, fields: dict[str, str], message: str, code: ExitCode
+) -> None:
+    async with starting(instance) as running:
+        running.events.say(kind, "it broke", **fields)
+        with trio.fail_after(5), pytest.raises(UserError, match=message) as caught:
+            await up._follow_start(instance, lambda text: None)
+    assert caught.value.exit_code is code
+    assert caught.value.hint == fields.get("hint", "")
+
+
+async def test_up_finds_the_reason_that_a_lost_agent_left(instance: InstancePaths) -> None:
+    state.save(instance.state, InstanceState(failure="the VM panicked", hint="see", failure_code=7))
+    with trio.fail_after(5), pytest.raises(UserError, match="the VM panicked") as caught:
+        await up._follow_start(instance, lambda text: None)
+    assert (caught.value.exit_code, caught.value.hint) == (ExitCode.BOOT, "see")
+
+
+async def test_up_follows_the_agent_that_takes_the_place_of_a_killed_one(instance: InstancePaths) -> None:
+    state.save(instance.state, InstanceState(wanted=True))
+    result: list[InstanceStatus] = []
+
+    async def follow() -> None:
+        result.append(await up._follow_start(instance, lambda text: None))
+
+    with trio.fail_after(5), state.locked(instance.lock):
+        async with trio.open_nursery() as nursery:
+            async with served(instance) as running:
+                nursery.start_soon(follow)
+                await until(lambda: running.events._listeners)
+            async with served(instance) as successor:
+                await until(lambda: successor.events._listeners)
+                successor.events.say("stage", "ready", stage="running")
+                await until(lambda: result)
+    assert result == [STATUS]
+
+
+async def test_up_does_not_wait_for_an_agent_that_was_killed_with_its_keeper(instance: InstancePaths) -> None:
+    state.save(instance.state, InstanceState(wanted=True))
+    failures: list[UserError] = []
+
+    async def follow() -> None:
+        try:
+            await up._follow_start(instance, lambda text: None)
+        except UserError as error:
+            failures.append(error)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            async with served(instance) as running:
+                nursery.start_soon(follow)
+                await until(lambda: running.events._listeners)
+    assert [failure.message for failure in failures] == [
+        "the connection to instance default was lost: the host agent has ended"
+    ]
+
+
+async def test_a_second_up_gets_the_instance_that_runs(instance: InstancePaths) -> None:
+    assert await up._running(instance, lambda text: None) is None
+    async with starting(instance) as running:
+        running.instance.status = STATUS
+        assert await up._running(instance, lambda text: None) == STATUS
+
+
+async def test_up_during_stop_is_told_to_come_back(instance: InstancePaths) -> None:
+    async with starting(instance) as running:
+        running.instance.status = replace(STATUS, stage=Stage.STOPPING)
+        with pytest.raises(UserError, match="is just stopping") as caught:
+            await up._running(instance, lambda text: None)
+    assert caught.value.exit_code is ExitCode.BUSY
+
+
+async def test_an_interrupted_start_is_ended_by_force(instance: InstancePaths) -> None:
+    state.save(instance.state, InstanceState(wanted=True))
+    async with starting(instance) as running:
+        running.instance.over.set()
+        await up.abandon(instance)
+        assert running.instance.stops == [StopInstance(force=True)]
+    assert not state.load(instance.state).wanted
+
+
+async def test_abandoning_what_never_came_to_life(instance: InstancePaths) -> None:
+    with trio.fail_after(5):
+        await up.abandon(instance)
+    assert not state.load(instance.state).wanted

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from host_agent import show
+from host_agent.errors import UserError
+from host_agent.progress import progress
+from protocol.api import Forward, ForwardState, GuestInfo, InstanceStatus, Proto, Stage
+
+GIB = 1 << 30
+
+# What a hostile or broken guest may call a unit: colours, a title, cursor movement, rich's own markup, a
+# bidirectional override, half a surrogate pair.
+HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J [bold]x[/bold] [/] \\[link=http://a]y \u202e \udcff \r\n end"
+
+RUNNING = InstanceStatus(
+    name="default",
+    stage=Stage.RUNNING,
+    detail="ready",
+    hint="",
+    accelerator="tcg",
+    cpus=2,
+    memory=2 * GIB,
+    disk=60 * GIB,
+    image="abc",
+    qemu_pid=100,
+    agent_pid=101,
+    started_at=0.0,
+    restarts=0,
+    guest_connected=True,
+    guest_digest="d",
+    host_digest="d",
+    docker_socket="/home/me/.agentctl/instances/default/docker.sock",
+    docker_context="agentctl",
+    guest=GuestInfo("6.12", 5.0, 2 * GIB, GIB, 2, 60 * GIB, 59 * GIB, "trace"),
+)
+ROW = Forward(Proto.TCP, "0.0.0.0", 80, "127.0.0.1", 8080, ForwardState.LISTENING, "", "docker.service")
+
+
+def assert_harmless(text: str) -> None:
+    """Nothing but text, whatever a terminal makes of it."""
+    assert all(character.isprintable() or character == "\n" for character in text), repr(text)
+
+
+def test_words_are_what_they_look_like() -> None:
+    plain = show.words(HOSTILE).plain
+    assert_harmless(plain)
+    assert "\n" not in plain
+    assert r"\x1b[31mred\x1b]0;title\x07 \x9b2J [bold]x[/bold] [/] \[link=http://a]y" in plain
+    assert show.words("grüße, 世界").plain == "grüße, 世界"
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_words_of_the_guest_are_printed_harmlessly(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, colours: bool
+) -> None:
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    show.forwards([replace(ROW, unit=HOSTILE, reason=HOSTILE)], everything=True)
+    show.status(replace(RUNNING, stage=Stage.FAILED, detail=HOSTILE, hint=HOSTILE, docker_socket=HOSTILE))
+    show.error(UserError(HOSTILE, HOSTILE))
+    show.warning(HOSTILE)
+    with progress() as report:
+        report(HOSTILE)
+    captured = capsys.readouterr()
+    for output in (captured.out, captured.err):
+        assert_harmless(output)
+        assert output.count("[bold]x[/bold] [/] \\[link=http://a]y") >= 3
+
+
+def test_on_a_terminal_only_our_own_sequences_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    show.forwards([replace(ROW, unit="\x1b]0;title\x07", reason="\x1b[2J")], everything=True)
+    show.error(UserError("\x1b[2J"))
+    with progress() as report:
+        report("\x1b[2J")
+    assert "\x1b[2J" not in terminal.getvalue()
+    assert "\x1b]0" not in terminal.getvalue()
+    assert "\x1b[32m" in terminal.getvalue(), "our own colours are wanted"
+
+
+def test_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
+    show.status(RUNNING)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "default  running"
+    text = "\n".join(" ".join(line.split()) for line in lines)
+    assert "disk 60 GiB, 1 GiB used" in text
+    assert "guest agent connected\n" in text
+    assert "docker unix:///home/me/.agentctl/instances/default/docker.sock" in text
+    assert "retried" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"guest_connected": False}, "guest agent not connected"),
+        ({"guest_digest": "old"}, "guest agent connected, of another version; restart to update it"),
+        ({"restarts": 1}, "boots retried 1"),
+        ({"agent_restarts": 2}, "host agent restarts 2"),
+        ({"stage": Stage.BOOTING, "detail": "booting the VM"}, "default booting booting the VM"),
+        ({"guest": None}, "disk 60 GiB\n"),
+    ],
+)
+def test_what_is_unusual_is_said(
+    capsys: pytest.CaptureFixture[str], changes: dict[str, object], line: str
+) -> None:
+    show.status(replace(RUNNING, **changes))  # type: ignore[arg-type]
+    text = "\n".join(" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
+    assert line in text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-5, "0 s"), (59.9, "59 s"), (61, "1 min 1 s"), (3661, "1 h 1 min"), (90000, "25 h 0 min")],
+)
+def test_how_long_it_is_up(seconds: float, text: str) -> None:
+    assert show._duration(seconds) == text
+
+
+def test_ports_that_are_ignored_are_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [ROW, replace(ROW, guest_port=22, host_address="", host_port=0, state=ForwardState.IGNORED)]
+    show.forwards(rows, everything=False)
+    assert "0.0.0.0:22" not in capsys.readouterr().out
+    show.forwards(rows, everything=True)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[0] == ["HOST", "GUEST", "PROTO", "STATE", "FROM", "REASON"]
+    assert shown[1] == ["127.0.0.1:8080", "0.0.0.0:80", "tcp", "listening", "docker.service"]
+    assert shown[2] == ["-", "0.0.0.0:22", "tcp", "ignored", "docker.service"]
+
+
+def test_ipv6_addresses_are_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    show.forwards([replace(ROW, guest_address="::1")], everything=False)
+    assert " [::1]:80 " in capsys.readouterr().out
+
+
+def test_a_line_is_never_folded_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "because " * 60 + "of that"
+    show.forwards([replace(ROW, reason=reason)], everything=False)
+    assert reason in capsys.readouterr().out.splitlines()[1]
+
+
+def test_nothing_listens(capsys: pytest.CaptureFixture[str]) -> None:
+    show.forwards([replace(ROW, state=ForwardState.IGNORED)], everything=False)
+    assert capsys.readouterr().out.startswith("nothing in the VM listens")
+
+
+def test_json_has_the_fields_of_the_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    show.status_json(RUNNING)
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == list(InstanceStatus.__slots__)
+    assert (told["stage"], told["memory"], told["guest"]["data_free"]) == ("running", 2 * GIB, 59 * GIB)
+    show.forwards_json([replace(ROW, unit=HOSTILE)])
+    output = capsys.readouterr().out
+    assert_harmless(output)
+    assert json.loads(output)[0]["unit"] == HOSTILE
+    assert json.loads(output)[0]["state"] == "listening"
+
+
+def test_an_error_is_a_sentence_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    show.error(UserError("QEMU is missing.", "install it"))
+    show.error(UserError("interrupted"))
+    captured = capsys.readouterr()
+    assert captured.err == "error: QEMU is missing\nhint: install it\nerror: interrupted\n"
+    assert captured.out == ""
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as report:
+        report("installing packages")
+        report("making the initrd")
+    captured = capsys.readouterr()
+    assert captured.err == "installing packages\nmaking the initrd\n"
+    assert captured.out == ""
