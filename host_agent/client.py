@@ -102,7 +102,7 @@ def _lost(paths: InstancePaths, error: LinkError) -> UserError:
     if error.code is ErrorCode.VERSION:
         return UserError(
             f"the running instance is of another version of agentctl: {error}",
-            "restart it: agentctl stop, then agentctl up",
+            "restart it: agentctl stop --force, then agentctl up",
         )
     return ConnectionLost(
         f"the connection to instance {paths.name} was lost: {error}", "see: agentctl status"

@@ -98,7 +98,7 @@ class HostAgent:
         self._hint = ""
         self._disk_full = False
         self._vm: VirtualMachine | None = None
-        self._stop: StopInstance | None = None
+        self._forced = trio.Event()
         self._work = trio.CancelScope()
         self._over = trio.Event()
         self._connected = trio.Event()
@@ -291,7 +291,8 @@ class HostAgent:
 
     async def stop(self, request: StopInstance) -> None:
         """Stop the instance; returns when it is over."""
-        self._stop = request if self._stop is None or request.force else self._stop
+        if request.force:
+            self._forced.set()
         remember(self._paths, stopping=True)
         self._enter(Stage.STOPPING, "stopping")
         self._work.cancel()
@@ -299,16 +300,23 @@ class HostAgent:
 
     async def _shut_down(self) -> None:
         """In good order if the guest can be asked, by the power button else, and at last by force."""
+        if self._vm is None:
+            # A stop that came while we were only finding out whether there is a VM.
+            self._vm = await VirtualMachine.adopt(vm_files(self._paths))
         vm = self._vm
         if vm is None or not vm.alive():
             return
-        if self._stop is not None and self._stop.force:
-            await vm.quit()
-            return
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._shut_down_in_time, vm)
+            nursery.start_soon(self._quit_when_forced, vm)
+            if not self._forced.is_set():
+                nursery.start_soon(self._shut_down_in_time, vm)
             await vm.wait()
             nursery.cancel_scope.cancel()
+
+    async def _quit_when_forced(self, vm: VirtualMachine) -> None:
+        """Whoever loses patience with a shutdown may say so while it is under way."""
+        await self._forced.wait()
+        await vm.quit()
 
     async def _shut_down_in_time(self, vm: VirtualMachine) -> None:
         patience = await self._ask_guest_to_shut_down(vm)
@@ -411,7 +419,6 @@ class HostAgent:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             task_status.started()
             async for _ in received:
-                self._stop = self._stop or StopInstance()
                 remember(self._paths, stopping=True)
                 self._enter(Stage.STOPPING, "stopping on a signal")
                 self._work.cancel()

@@ -485,7 +485,7 @@ async def test_an_agent_of_another_major_version(instance: InstancePaths) -> Non
         with pytest.raises(UserError, match="of another version of agentctl") as caught:
             async with connected(instance):
                 pass
-        assert caught.value.hint == "restart it: agentctl stop, then agentctl up"
+        assert caught.value.hint == "restart it: agentctl stop --force, then agentctl up"
         nursery.cancel_scope.cancel()
 
 

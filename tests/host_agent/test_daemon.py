@@ -113,9 +113,42 @@ async def test_one_that_cannot_even_be_asked_is_ended_at_once(agent: HostAgent) 
 async def test_force_asks_nobody(agent: HostAgent) -> None:
     vm = ScriptedVm()
     give(agent, vm)
-    agent._stop = StopInstance(force=True)
+    with trio.move_on_after(0):
+        await agent.stop(StopInstance(force=True))
     await agent._shut_down()
     assert vm.said == ["quit"]
+
+
+async def test_force_while_it_shuts_down_ends_it_at_once(
+    agent: HostAgent, autojump_clock: trio.testing.MockClock
+) -> None:
+    vm = ScriptedVm(shuts_down_after=100)
+    give(agent, vm)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(agent._shut_down)
+        await trio.sleep(10)
+        assert vm.said == ["powerdown"]
+        nursery.start_soon(agent.stop, StopInstance(force=True))
+        await trio.sleep(1)
+        assert vm.said == ["powerdown", "quit"]
+        agent._over.set()
+    assert trio.current_time() < 20
+
+
+async def test_a_vm_that_was_not_adopted_yet_is_shut_down_all_the_same(
+    agent: HostAgent, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop may come while this agent still looks for the VM of the one before it."""
+    vm = ScriptedVm()
+
+    async def adopt(_: object) -> ScriptedVm:
+        await trio.lowlevel.checkpoint()
+        return vm
+
+    monkeypatch.setattr(VirtualMachine, "adopt", adopt)
+    assert agent._vm is None
+    await agent._shut_down()
+    assert vm.said == ["powerdown"]
 
 
 async def test_a_stop_is_remembered_for_whoever_comes_after_us(
