@@ -163,7 +163,8 @@ class HostAgent:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve_docker)
             nursery.start_soon(self._watch_vm, self._vm)
-            nursery.start_soon(agentlog.keep_bounded, self._paths.console_log, agentlog.MAX_LOG)
+            for log in (self._paths.console_log, self._paths.qemu_log):
+                nursery.start_soon(agentlog.keep_bounded, log)
             ending = await self._vm.wait()
             nursery.cancel_scope.cancel()
         if self._vm.ended_cleanly():

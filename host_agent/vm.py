@@ -288,7 +288,8 @@ class _ConsoleLog:
 def _spawn(argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """QEMU in a session of its own, so that neither ^C nor the host agent's end reaches it."""
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # O_APPEND: when the log grew too large and is emptied, QEMU goes on at its start.
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _unwritable(log, error) from None
     try:
