@@ -61,7 +61,8 @@ def status(status: InstanceStatus) -> None:
     console = out()
     colour = {Stage.RUNNING: "green", Stage.FAILED: "red", Stage.STOPPED: "dim"}.get(status.stage, "yellow")
     heading = Text.assemble(words(status.name, "bold"), "  ", words(status.stage.value, colour))
-    if status.detail and status.stage is not Stage.RUNNING:
+    # A hint beside a running instance belongs to something that is wrong all the same (a full disk).
+    if status.detail and (status.hint or status.stage is not Stage.RUNNING):
         heading.append("  ").append_text(words(status.detail))
     console.print(heading)
     if status.hint:

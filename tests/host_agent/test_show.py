@@ -130,6 +130,12 @@ def test_how_long_it_is_up(seconds: float, text: str) -> None:
     assert show._duration(seconds) == text
 
 
+def test_what_is_wrong_with_a_running_instance_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    show.status(replace(RUNNING, detail="the host's disk is full, and the VM waits", hint="make room"))
+    text = capsys.readouterr().out
+    assert "running  the host's disk is full, and the VM waits\n  hint: make room" in text
+
+
 def test_ports_that_are_ignored_are_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [ROW, replace(ROW, guest_port=22, host_address="", host_port=0, state=ForwardState.IGNORED)]
     show.forwards(rows, everything=False)
