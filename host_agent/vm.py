@@ -114,7 +114,7 @@ class VirtualMachine:
 
     async def _answers(self) -> bool:
         """Whether the monitor does within its time, which includes opening it: QEMU may just be starting."""
-        with trio.move_on_after(MONITOR_TIMEOUT):
+        with trio.move_on_after(ADOPT_TIMEOUT):
             while self.alive():
                 try:
                     async with self.monitor() as monitor:
@@ -125,10 +125,10 @@ class VirtualMachine:
         return False
 
     @asynccontextmanager
-    async def monitor(self, timeout: float = MONITOR_TIMEOUT) -> AsyncIterator[QmpClient]:
+    async def monitor(self) -> AsyncIterator[QmpClient]:
         """QEMU's monitor, for one task at a time. Raises QmpClosed, also while QEMU is still starting."""
         async with self._monitor_lock:
-            async with connect_qmp(self.files.qmp, timeout=timeout) as client:
+            async with connect_qmp(self.files.qmp, timeout=MONITOR_TIMEOUT) as client:
                 yield client
 
     def alive(self) -> bool:

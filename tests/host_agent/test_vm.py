@@ -347,7 +347,7 @@ async def test_a_qemu_without_a_monitor_is_ended(
     async with running(script(IDLE), files) as vm:
         assert await VirtualMachine.adopt(files) is None
         assert not vm.alive()
-        assert trio.current_time() == pytest.approx(vms.MONITOR_TIMEOUT)
+        assert trio.current_time() == pytest.approx(vms.ADOPT_TIMEOUT)
     assert "whose monitor does not answer" in caplog.text
 
 
@@ -362,7 +362,7 @@ async def test_a_qemu_that_is_still_starting_is_adopted(files: VmFiles) -> None:
 
 @needs_qemu
 async def test_a_qemu_that_hangs_is_ended(files: VmFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vms, "MONITOR_TIMEOUT", 0.2)
+    monkeypatch.setattr(vms, "ADOPT_TIMEOUT", 0.2)
     async with running(empty_machine(files), files) as vm:
         with trio.fail_after(30):
             while not files.qmp.exists():
