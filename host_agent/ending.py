@@ -40,7 +40,7 @@ async def end_orphan(paths: InstancePaths) -> bool:
     with state.locked(paths.lock) as ours:
         if not ours:
             return False
-        remember_stopped(paths)
+        _remember_stopped(paths)
         vm = await VirtualMachine.adopt(vm_files(paths))
         if vm is not None:
             await _power_down(vm)
@@ -61,7 +61,7 @@ async def _power_down(vm: VirtualMachine) -> None:
 
 async def end_by_force(paths: InstancePaths) -> None:
     """Kill the host agent and QEMU, which they may notice at any point of what they were doing."""
-    remember_stopped(paths)
+    _remember_stopped(paths)
     if agent := ProcessIdentity.read(paths.agent_identity):
         agent.send_signal(signal.SIGKILL)
     kill_recorded(paths.qemu_identity)
@@ -72,6 +72,6 @@ async def end_by_force(paths: InstancePaths) -> None:
             clean_up(paths)
 
 
-def remember_stopped(paths: InstancePaths) -> None:
+def _remember_stopped(paths: InstancePaths) -> None:
     if paths.state.exists():
         remember(paths, wanted=False, stopping=False, failure="", hint="")

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from host_agent.errors import ExitCode, UserError
-
-#: sun_path is 104 bytes on macOS and 108 on Linux, its terminating zero included.
-MAX_SOCKET_PATH = 103
+from provision.machine import MAX_SOCKET_PATH
 
 DEFAULT_INSTANCE = "default"
 

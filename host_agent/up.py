@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import trio
 
 from host_agent import config as configuration
-from host_agent import docker_context, docker_tools, groups, keeper, state
+from host_agent import docker_context, docker_tools, ending, groups, keeper, state
 from host_agent.boot import find_qemu
-from host_agent.client import RESTART_TIME, ConnectionLost, connected
+from host_agent.client import ConnectionLost, connected
 from host_agent.config import Host, InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home, InstancePaths
@@ -57,7 +57,7 @@ def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) ->
             running = groups.run(_running, paths, progress)
         except _Ending:
             # It is just ending: its socket has gone and its processes have not.
-            if _lock_is_free_soon(paths):
+            if groups.run(ending.lock_is_free, paths):
                 continue
             raise
         if running is not None:
@@ -71,15 +71,6 @@ def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) ->
         progress("another agentctl command is starting this instance; waiting for it")
         while state.is_locked(paths.up_lock):
             time.sleep(0.2)
-
-
-def _lock_is_free_soon(paths: InstancePaths) -> bool:
-    deadline = time.monotonic() + RESTART_TIME
-    while state.is_locked(paths.lock):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _joined(paths: InstancePaths, running: InstanceStatus, config: InstanceConfig) -> UpResult:

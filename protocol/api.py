@@ -188,7 +188,6 @@ class Stage(StrEnum):
     STOPPED = "stopped"
     STARTING = "starting"
     BOOTING = "booting"
-    CONNECTING = "connecting"
     DOCKER = "docker"
     RUNNING = "running"
     STOPPING = "stopping"
