@@ -27,9 +27,11 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     instance = Instance(home, tmp_path_factory.mktemp("docker-config"))
     instance.agentctl("delete", "--data", "--yes")
     yield instance
-    log = instance.directory / "agent.log"
-    if log.exists():
-        print("\n--- agent.log\n" + log.read_text()[-6000:])
+    # Shown by pytest when something failed: how the VM ended is in its console's last words.
+    for name in ("agent.log", "console.log", "qemu.log"):
+        log = instance.directory / name
+        if log.exists():
+            print(f"\n--- {name}\n" + log.read_text(errors="replace")[-6000:])
     instance.agentctl("delete", "--data", "--yes")
     assert instance.processes() == []
 
