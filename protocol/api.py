@@ -199,7 +199,8 @@ class InstanceStatus:
     """What the host agent knows of its instance. Sizes in bytes, times in seconds since the epoch.
 
     ``restarts`` counts boots that had to be tried again, ``agent_restarts`` host agents that died and were
-    started again, ``agent_sessions`` those of the control link, all of the current run.
+    started again, ``agent_sessions`` those of the control link, ``file_server_restarts`` the file servers that
+    this host agent had to start again, all of the current run.
     """
 
     name: str
@@ -224,6 +225,10 @@ class InstanceStatus:
     agent_sessions: int = 0
     agent_restarts: int = 0
     accelerator_reason: str = ""
+    mounts: int = 0
+    mounts_working: int = 0
+    file_server_pid: int = 0
+    file_server_restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +278,71 @@ class GetForwards(Request[Forwards]):
     REPLY: ClassVar[type] = Forwards
 
     offset: int = 0
+
+
+class MountState(StrEnum):
+    MOUNTED = "mounted"
+    WAITING = "waiting"
+    MISSING = "missing"
+    DENIED = "denied"
+    NOT_A_DIRECTORY = "not-a-directory"
+    FULL = "full"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class MountSpec:
+    """A folder of the host's and where the VM is to see it. Both paths are absolute and normal.
+
+    ``host_locks``: flock(2) and fcntl(2) locks reach the host.
+    """
+
+    host_path: str
+    guest_path: str
+    read_only: bool = False
+    host_locks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One row of ``agentctl mounts``. ``reason`` and ``hint`` are empty if all is well.
+
+    ``nodes`` the guest knows, ``descriptors`` are open for them on the host; ``lost`` counts files that could not be
+    found again (ESTALE), ``calls`` what the guest has asked for. ``clock_skew_ms``: how far its clock is ahead.
+    """
+
+    spec: MountSpec
+    state: MountState
+    reason: str = ""
+    hint: str = ""
+    nodes: int = 0
+    descriptors: int = 0
+    lost: int = 0
+    calls: int = 0
+    clock_skew_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mounts:
+    """All mounts, those of the outer folders first."""
+
+    mounts: list[Mount]
+
+
+@dataclass(frozen=True, slots=True)
+class GetMounts(Request[Mounts]):
+    METHOD: ClassVar[str] = "mounts"
+    REPLY: ClassVar[type] = Mounts
+
+
+@dataclass(frozen=True, slots=True)
+class AddMounts(Request[Mounts]):
+    """Mount these as well, now and at each start; answered when they are there, or it is known why not."""
+
+    METHOD: ClassVar[str] = "add-mounts"
+    REPLY: ClassVar[type] = Mounts
+
+    mounts: list[MountSpec]
 
 
 @dataclass(frozen=True, slots=True)

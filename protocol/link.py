@@ -8,6 +8,7 @@ Errors of the transport become ``LinkError`` in ``_transport_errors`` and nowher
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,16 +29,21 @@ from protocol.errors import (
     RpcError,
     StreamReset,
 )
+from protocol.files import FileCall
+from protocol.frames import MAX_PAYLOAD, Buffer
 from protocol.messages import Hello
 from protocol.muxstream import Incoming, MuxStream
 from protocol.serial import SerialChannel
 from protocol.service import Service
 from protocol.serving import Serving
-from protocol.session import HIGH_WATER, Ended, Event, Lapsed, Role, Session, TimedOut
+from protocol.session import HIGH_WATER, MAX_BACKLOG, Ended, Event, Lapsed, Role, Session, TimedOut
 
 __all__ = ["Hello", "Incoming", "Link", "MuxStream", "Role", "SerialChannel", "Service"]
 
 ReplyT = TypeVar("ReplyT")
+
+OnResult = Callable[[messages.Result | LinkError], None]
+"""What is told how a call ended; called where frames are read, so it must neither wait nor raise."""
 
 # Bytes per read. A full chunk with its header, so that bulk data takes one read a frame.
 READ_SIZE: Final = 128 * 1024
@@ -77,17 +83,33 @@ class Link:
         *,
         heartbeat: float = 5.0,
         dead_after: float = 20.0,
+        max_payload: int = MAX_PAYLOAD,
+        max_backlog: int = MAX_BACKLOG,
+        pause_above: int | None = None,
     ) -> None:
+        """``max_backlog``: bytes waiting to be written at which the peer is at fault for not reading them.
+
+        ``pause_above``: bytes waiting at which nothing more is read from the peer. Only for one side of a link,
+        whose peer always reads: two that pause would wait for each other.
+        """
         self._transport = transport
         self._service = service
         self._open_session: Callable[[], Session] = lambda: Session(
-            role, hello, trio.current_time(), heartbeat=heartbeat, dead_after=dead_after
+            role,
+            hello,
+            trio.current_time(),
+            heartbeat=heartbeat,
+            dead_after=dead_after,
+            max_payload=max_payload,
+            max_backlog=max_backlog,
         )
+        self._pause_above = max_backlog if pause_above is None else pause_above
         self._session: Session | None = None
         self._error: LinkError | None = None
         self._greeted = False
         self._asking: dict[int, _Waiter] = {}
         self._opening: dict[int, _Waiter] = {}
+        self._calling: dict[int, OnResult] = {}
         self._streams: dict[int, MuxStream] = {}
         self._over, self._gone = trio.Event(), trio.Event()
         self._to_write = trio.lowlevel.ParkingLot()
@@ -151,6 +173,10 @@ class Link:
         self._serving.on_broken(error)
         for stream in self._streams.values():
             stream.on_broken(error)
+        called = list(self._calling.values())
+        self._calling.clear()
+        for on_result in called:
+            on_result(_again(error))
         self._asking.clear()
         self._opening.clear()
         self._streams.clear()
@@ -213,6 +239,8 @@ class Link:
         self._forget_closed()
         self._flush()
         await self._serving.wait_for_notices()
+        while self._running().backlog > self._pause_above and self._error is None:
+            await self._room.park()
 
     def _forget_closed(self) -> None:
         for number in self._running().take_closed():
@@ -346,6 +374,24 @@ class Link:
             raise _again(answer)
         raise OpenRefused(ErrorCode.parse(answer.code), answer.message, answer.hint)
 
+    def call(self, call: FileCall[Any], payload: Buffer, on_result: OnResult) -> None:
+        """Ask for a filesystem operation; ``on_result`` gets its result, or why there never will be one.
+
+        Queued at once, whatever the backlog is, and it never waits: this is for callers that hold themselves to
+        ``MAX_CALLS``. ``payload`` must not change. Raises ``LinkError`` when the link is over.
+        """
+        number = self._live().call(call.OP, codec.encode(call), payload)
+        self._calling[number] = on_result
+        self._flush()
+
+    def answer(self, number: int, error: int, value: object = None, payload: Buffer = b"") -> None:
+        """The result of call ``number``: an errno, or 0 with the encoded ``value``. Nothing if the link is over."""
+        session = self._running()
+        # The session may be over before the link knows: a call and the end can come in one read.
+        if self._error is None and not session.over:
+            session.result(number, error, value, payload)
+            self._flush()
+
     # --- what the peer says ------------------------------------------------------------------------
 
     def _dispatch(self, event: Event) -> None:
@@ -378,6 +424,15 @@ class Link:
 
     def _on_lapsed(self, event: Lapsed) -> None:
         self._serving.on_lapsed(event)
+
+    def _on_call(self, event: messages.Call) -> None:
+        if self._service.call is None:
+            self.answer(event.id, errno.ENOSYS)
+        else:
+            self._service.call(event)
+
+    def _on_result(self, event: messages.Result) -> None:
+        self._calling.pop(event.id)(event)
 
     def _on_open(self, event: messages.Open) -> None:
         if (stream := self._serving.on_open(event)) is not None:
@@ -419,6 +474,8 @@ _HANDLERS: Final[dict[type[Event], Callable[[Link, Any], None]]] = {
     messages.Failure: Link._on_answer,
     messages.Cancel: Link._on_cancel,
     messages.Notify: Link._on_notify,
+    messages.Call: Link._on_call,
+    messages.Result: Link._on_result,
     messages.Open: Link._on_open,
     messages.Opened: Link._on_opened,
     messages.Refused: Link._on_refused,

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR, codec
 from protocol.errors import DecodeError, ErrorCode, RemoteProtocolError
-from protocol.frames import Buffer, Frame, encode_frame
+from protocol.frames import MAX_PAYLOAD, Buffer, Frame, encode_frame
 
 # Characters of an explanation; longer ones are cut, so that a failure always fits into a frame.
 MAX_TEXT: Final = 4096
@@ -151,6 +151,29 @@ class Goodbye:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A filesystem operation (``protocol.files``): cheaper than a request, and with bytes as its payload.
+
+    It has no deadline and is not cancelled: the side that asks decides how long it cares.
+    """
+
+    id: int
+    op: int
+    args: object
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to a call. ``errno`` is 0 for success, else ``value`` is None; numbers are Linux's."""
+
+    id: int
+    errno: int
+    value: object
+    payload: bytes = b""
+
+
 AnyFrame = (
     Hello
     | Ping
@@ -168,6 +191,8 @@ AnyFrame = (
     | Eof
     | Reset
     | Goodbye
+    | Call
+    | Result
 )
 StreamFrame = Opened | Refused | Data | Credit | Eof | Reset
 
@@ -188,8 +213,12 @@ TYPES: Final[dict[int, type[AnyFrame]]] = {
     14: Eof,
     15: Reset,
     16: Goodbye,
+    17: Call,
+    18: Result,
 }
 _NUMBERS: Final[dict[type, int]] = {cls: number for number, cls in TYPES.items()}
+# The frames whose last field is the payload, and how many others they have.
+_FIELDS_OF: Final[dict[type, int]] = {Data: 1, Call: 3, Result: 3}
 
 
 def clip(text: str) -> str:
@@ -199,8 +228,13 @@ def clip(text: str) -> str:
 
 def encode(frame: AnyFrame) -> list[Buffer]:
     """The buffers of one frame. Raises ``LocalProtocolError`` when it is too long or not encodable."""
-    if isinstance(frame, Data):
-        return encode_data(frame.stream, frame.payload)
+    match frame:
+        case Data():
+            return encode_data(frame.stream, frame.payload)
+        case Call():
+            return encode_call(frame.id, frame.op, frame.args, frame.payload)
+        case Result():
+            return encode_result(frame.id, frame.errno, frame.value, frame.payload)
     return encode_frame([_NUMBERS[type(frame)], *codec.encode(frame)])
 
 
@@ -209,13 +243,29 @@ def encode_data(stream: int, payload: Buffer) -> list[Buffer]:
     return encode_frame([_NUMBERS[Data], stream], payload)
 
 
+def encode_call(
+    number: int, op: int, args: object, payload: Buffer, *, max_payload: int = MAX_PAYLOAD
+) -> list[Buffer]:
+    """The buffers of a ``Call``, without a copy of ``payload``."""
+    return encode_frame([_NUMBERS[Call], number, op, args], payload, max_payload=max_payload)
+
+
+def encode_result(
+    number: int, errno: int, value: object, payload: Buffer, *, max_payload: int = MAX_PAYLOAD
+) -> list[Buffer]:
+    """The buffers of a ``Result``, without a copy of ``payload``."""
+    return encode_frame([_NUMBERS[Result], number, errno, value], payload, max_payload=max_payload)
+
+
 def decode(frame: Frame) -> AnyFrame:
     """The typed frame. Raises ``RemoteProtocolError`` for a type or shape that does not exist."""
     header = frame.header
     cls = _frame_class(header)
     fields: list[Any] = header[1:]
-    if cls is Data:
-        fields = [*fields[:1], frame.payload]
+    if (count := _FIELDS_OF.get(cls)) is not None:
+        if len(fields) < count:
+            raise RemoteProtocolError(f"{cls.__name__}: {len(fields)} fields where there are {count}")
+        fields = [*fields[:count], frame.payload]
     elif frame.payload:
         raise RemoteProtocolError(f"{cls.__name__}: a payload where there is none")
     try:

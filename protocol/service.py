@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from protocol import codec
 from protocol.api import Notice, Request, Target
 from protocol.errors import DecodeError, ErrorCode, LocalProtocolError, OpenRefused, RpcError
+from protocol.messages import Call
 from protocol.muxstream import Incoming
 
 RequestT = TypeVar("RequestT", bound=Request[Any])
@@ -41,6 +42,7 @@ class Service:
         self._requests: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Any]]]] = {}
         self._streams: dict[str, tuple[type[Any], Callable[[Any, Incoming], Awaitable[None]]]] = {}
         self._notices: dict[str, tuple[type[Any], Callable[[Any], Awaitable[None]]]] = {}
+        self.call: Callable[[Call], None] | None = None
 
     def on_request(self, cls: type[RequestT], handler: Callable[[RequestT], Awaitable[Any]]) -> None:
         """Answer ``cls`` with what ``handler`` returns, or with the ``RpcError`` it raises.
@@ -61,6 +63,15 @@ class Service:
     def on_notice(self, cls: type[NoticeT], handler: Callable[[NoticeT], Awaitable[None]]) -> None:
         """Await ``handler`` for each ``cls``, one after another in the order sent: it must be quick."""
         _register(self._notices, cls.TOPIC, (cls, handler))
+
+    def on_call(self, handler: Callable[[Call], None]) -> None:
+        """Give every filesystem operation to ``handler``, which answers with ``Link.answer``, soon or later.
+
+        It is called where frames are read, and must neither wait nor raise.
+        """
+        if self.call is not None:
+            raise LocalProtocolError("calls have a handler already")
+        self.call = handler
 
     # --- the link ----------------------------------------------------------------------------------
 

@@ -41,6 +41,10 @@ HIGH_WATER: Final = 256 * 1024
 # ...and above which the peer is at fault: it makes us answer and does not read the answers.
 MAX_BACKLOG: Final = 4 * 1024 * 1024
 
+# Calls that one side may have pending. The guest's kernel asks one for each thread that waits for a file, and
+# a few dozen for readahead; who needs more waits for an answer.
+MAX_CALLS: Final = 1024
+
 _NEVER = math.inf
 
 
@@ -111,6 +115,7 @@ class Session:
         heartbeat: float = 5.0,
         dead_after: float = 20.0,
         max_payload: int = MAX_PAYLOAD,
+        max_backlog: int = MAX_BACKLOG,
         window: int = INITIAL_WINDOW,
     ) -> None:
         if not 0 < heartbeat < dead_after:
@@ -121,12 +126,16 @@ class Session:
         self._now = now
         self._heartbeat, self._grace = heartbeat, dead_after - heartbeat
         self._window = window
+        self._max_payload, self._max_backlog = max_payload, max_backlog
         self._decoder = FrameDecoder(max_payload=max_payload)
         self._control: list[Buffer] = []
         self._backlog = 0
         self._asked = OutgoingRequests(role.first_id)
         self._serving = IncomingRequests(role.peer_first_id)
         self._own_ids, self._peer_ids = IdSpace(role.first_id), IdSpace(role.peer_first_id)
+        self._own_calls, self._peer_calls = IdSpace(role.first_id), IdSpace(role.peer_first_id)
+        self._called: set[int] = set()
+        self._called_by_peer: set[int] = set()
         self._own_streams: dict[int, MuxedStream] = {}
         self._peer_streams: dict[int, MuxedStream] = {}
         self._ready: dict[int, None] = {}  # an ordered set: whose turn it is
@@ -171,7 +180,9 @@ class Session:
         return Batch(buffers, drained)
 
     def _send(self, frame: AnyFrame) -> None:
-        buffers = messages.encode(frame)
+        self._queue(messages.encode(frame))
+
+    def _queue(self, buffers: list[Buffer]) -> None:
         self._control += buffers
         self._backlog += sum(map(len, buffers))
 
@@ -213,7 +224,7 @@ class Session:
             raise RemoteProtocolError(f"{type(frame).__name__} in phase {self._phase.name}")
         function, self._phase = transition
         event = function(self, frame)
-        if self._backlog > MAX_BACKLOG:
+        if self._backlog > self._max_backlog:
             raise RemoteProtocolError("the peer does not read what it makes us send", ErrorCode.LIMIT)
         return event
 
@@ -312,6 +323,31 @@ class Session:
     def notify(self, topic: str, args: list[Any]) -> None:
         self._require_open()
         self._send(messages.Notify(topic, args))
+
+    # --- calls -------------------------------------------------------------------------------------
+
+    @property
+    def calls_pending(self) -> int:
+        """Calls of this side that wait for their result; ``MAX_CALLS`` is the most."""
+        return len(self._called)
+
+    def call(self, op: int, args: list[Any], payload: Buffer = b"") -> int:
+        """Ask for a filesystem operation; returns the id of its result. ``payload`` must not change."""
+        self._require_open()
+        if len(self._called) >= MAX_CALLS:
+            raise LocalProtocolError(f"{MAX_CALLS} calls are already waiting for a result")
+        number = self._own_calls.last + 2
+        self._queue(messages.encode_call(number, op, args, payload, max_payload=self._max_payload))
+        self._called.add(self._own_calls.take())
+        return number
+
+    def result(self, number: int, errno: int, value: object, payload: Buffer = b"") -> None:
+        """Answer a call of the peer's. ``payload`` must not change."""
+        self._require_open()
+        if number not in self._called_by_peer:
+            raise LocalProtocolError(f"call {number} is not waiting for a result")
+        self._queue(messages.encode_result(number, errno, value, payload, max_payload=self._max_payload))
+        self._called_by_peer.remove(number)
 
     # --- streams -----------------------------------------------------------------------------------
 
@@ -433,6 +469,19 @@ class Session:
     def _on_notify(self, frame: messages.Notify) -> Event:
         return frame
 
+    def _on_call(self, frame: messages.Call) -> Event:
+        self._peer_calls.claim(frame.id)
+        if len(self._called_by_peer) >= MAX_CALLS:
+            raise RemoteProtocolError(f"more than {MAX_CALLS} calls at a time", ErrorCode.LIMIT)
+        self._called_by_peer.add(frame.id)
+        return frame
+
+    def _on_result(self, frame: messages.Result) -> Event:
+        if frame.id not in self._called:
+            raise RemoteProtocolError(f"a result of call {frame.id}, which is not pending")
+        self._called.remove(frame.id)
+        return frame
+
     def _on_open(self, frame: messages.Open) -> Event:
         self._peer_ids.claim(frame.stream)
         if len(self._peer_streams) >= MAX_STREAMS:
@@ -471,6 +520,8 @@ TRANSITIONS: Final[dict[tuple[Phase, type[AnyFrame]], tuple[_Action, Phase]]] = 
     (Phase.OPEN, messages.Failure): (Session._on_answer, Phase.OPEN),
     (Phase.OPEN, messages.Cancel): (Session._on_cancel, Phase.OPEN),
     (Phase.OPEN, messages.Notify): (Session._on_notify, Phase.OPEN),
+    (Phase.OPEN, messages.Call): (Session._on_call, Phase.OPEN),
+    (Phase.OPEN, messages.Result): (Session._on_result, Phase.OPEN),
     (Phase.OPEN, messages.Open): (Session._on_open, Phase.OPEN),
     (Phase.OPEN, messages.Opened): (Session._on_stream_frame, Phase.OPEN),
     (Phase.OPEN, messages.Refused): (Session._on_stream_frame, Phase.OPEN),

@@ -25,6 +25,8 @@ ONE_OF_EACH: list[messages.AnyFrame] = [
     messages.Eof(1),
     messages.Reset(1, "reset", "by peer"),
     messages.Goodbye("gone", "bye"),
+    messages.Call(1, 31, [7, 8, 9, 0, False, False], b"\x00\xff"),
+    messages.Result(1, 0, [2, 0, bytes(88), False], b"\x00\xff"),
 ]
 
 
@@ -45,25 +47,57 @@ def test_there_is_one_of_each() -> None:
     assert [type(frame) for frame in ONE_OF_EACH] == list(messages.TYPES.values())
 
 
-@pytest.mark.parametrize("header", [[], {}, 1, None, "x", [0], [17], [-1], ["1"], [None], [True], [1.0]])
+@pytest.mark.parametrize("header", [[], {}, 1, None, "x", [0], [19], [-1], ["1"], [None], [True], [1.0]])
 def test_an_unknown_type_is_the_peers_error(header: Any) -> None:
     with pytest.raises(RemoteProtocolError):
         messages.decode(Frame(header, b""))
 
 
-@pytest.mark.parametrize("header", [[2], [2, "x"], [4, 1, "m"], [9, 1, "k", []], [16, 1, 2]])
+@pytest.mark.parametrize(
+    "header",
+    [
+        [2],
+        [2, "x"],
+        [4, 1, "m"],
+        [9, 1, "k", []],
+        [16, 1, 2],
+        [17, 1, 2],
+        [17, 1, "2", []],
+        [18, 1, 0],
+        [18, 1, None, []],
+    ],
+)
 def test_a_wrong_shape_is_the_peers_error(header: list[Any]) -> None:
     with pytest.raises(RemoteProtocolError):
         messages.decode(Frame(header, b""))
 
 
-def test_only_data_has_a_payload() -> None:
-    with pytest.raises(RemoteProtocolError, match="Ping: a payload"):
-        messages.decode(Frame([2, 1], b"x"))
+@pytest.mark.parametrize(("header", "name"), [([2, 1], "Ping"), ([5, 2, []], "Reply"), ([14, 1], "Eof")])
+def test_only_data_calls_and_results_have_a_payload(header: list[Any], name: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"{name}: a payload"):
+        messages.decode(Frame(header, b"x"))
 
 
-def test_the_payload_of_data_is_not_taken_from_its_header() -> None:
-    assert messages.decode(Frame([12, 1, b"header"], b"payload")) == messages.Data(1, b"payload")
+@pytest.mark.parametrize(
+    ("header", "frame"),
+    [
+        ([12, 1], messages.Data(1, b"payload")),
+        ([17, 1, 30, []], messages.Call(1, 30, [], b"payload")),
+        ([18, 1, 5, None], messages.Result(1, 5, None, b"payload")),
+    ],
+)
+def test_a_payload_is_not_taken_from_the_header(header: list[Any], frame: messages.AnyFrame) -> None:
+    assert messages.decode(Frame([*header, b"header"], b"payload")) == frame
+
+
+def test_the_limit_of_a_payload_is_the_links() -> None:
+    megabyte = bytes(1 << 20)
+    for encode in (messages.encode_call, messages.encode_result):
+        with pytest.raises(LocalProtocolError, match="1048576 bytes; the limit is 65536"):
+            encode(1, 2, [], megabyte)
+        start, payload = encode(1, 2, [], megabyte, max_payload=1 << 20)
+        assert payload is megabyte  # passed through, not copied
+        assert len(start) < 20
 
 
 def test_a_strangers_hello_is_judged_by_its_major_alone() -> None:

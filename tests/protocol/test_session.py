@@ -408,12 +408,14 @@ frames = st.one_of(
     st.builds(messages.Eof, ids),
     st.builds(messages.Reset, ids, texts, texts),
     st.builds(messages.Goodbye, texts, texts),
+    st.builds(messages.Call, ids, st.integers(0, 3), st.just([]), st.binary(max_size=9)),
+    st.builds(messages.Result, ids, st.integers(-1, 40), st.none(), st.binary(max_size=9)),
     st.just(Hello()),
 )
 
 
 def busy() -> Session:
-    """A session with a stream in every state and a request in each direction."""
+    """A session with a stream in every state, a request and a call in each direction."""
     session = greeted()
     for _ in range(4):
         session.open("tcp", [])
@@ -429,8 +431,9 @@ def busy() -> Session:
     session.accept(3)
     session.accept(5)
     session.send_data(5, b"x" * 100)
-    hears(session, messages.Eof(5), messages.Request(1, "x", [], 1.0))
+    hears(session, messages.Eof(5), messages.Request(1, "x", [], 1.0), messages.Call(1, 1, []))
     session.request("y", [], 1.0, 0.0)
+    session.call(1, [])
     session.handle_timeout(5.0)
     return session
 
