@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
-from protocol.api import Done, Request
+from protocol.api import Done, Notice, Request
 
 ResultT = TypeVar("ResultT")
 
@@ -645,6 +645,22 @@ _CALLS: Final = (
 )  # fmt: skip
 CALLS: Final[dict[int, type[FileCall[Any]]]] = {call.OP: call for call in _CALLS}
 """Every operation by its number."""
+
+
+# --- host -> guest ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NamesGone(Notice):
+    """Files were deleted on the host that the guest's kernel still has names for: it is to drop ``names[i]`` of the
+    directory ``parents[i]``. Whoever has such a file open keeps it; if nobody has, it is forgotten, and
+    the host can give its space back."""
+
+    TOPIC: ClassVar[str] = "names-gone"
+
+    share: int
+    parents: list[int]
+    names: list[bytes]
 
 
 # --- mounting: ordinary requests, host -> guest ------------------------------------------------------
