@@ -1,4 +1,4 @@
-"""The host's end of the control link: one session after another over QEMU's socket, for ever.
+"""The host's end of a link to the guest: one session after another over QEMU's socket, for ever.
 
 The law: the link is allowed to go away at any time (the guest agent was killed, the guest reboots) and
 whoever needs it waits a stated time for its return instead of failing at once. What a session knew is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -16,9 +17,10 @@ import trio
 from host_agent.groups import collapsed
 from protocol.api import Target
 from protocol.errors import AgentctlProtocolError, LinkError
+from protocol.frames import MAX_PAYLOAD
 from protocol.link import Link, MuxStream, SerialChannel, Service
 from protocol.messages import Hello
-from protocol.session import Role
+from protocol.session import MAX_BACKLOG, Role
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,16 @@ class GuestLink:
         *,
         on_up: Callable[[Link], Awaitable[None]],
         on_down: Callable[[], None],
+        name: str = "control",
+        max_payload: int = MAX_PAYLOAD,
+        max_backlog: int = MAX_BACKLOG,
+        pause_above: int | None = None,
     ) -> None:
+        """``name`` is for logs; the limits, in bytes, are those of ``Link``."""
+        self._name = name
+        self._open_link = partial(
+            Link, max_payload=max_payload, max_backlog=max_backlog, pause_above=pause_above
+        )
         self._socket = socket
         self._hello = hello
         self._service = service
@@ -100,7 +111,7 @@ class GuestLink:
             try:
                 stream = await channel.establish()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
-                logger.info("control channel lost: %s", error)
+                logger.info("%s channel lost: %s", self._name, error)
                 return
             await self._session(stream)
             # A guest that refuses what every session begins with is asked again, and not in a busy loop.
@@ -110,13 +121,13 @@ class GuestLink:
         try:
             with collapsed():
                 async with trio.open_nursery() as nursery:
-                    link = Link(stream, Role.HOST, self._service, self._hello)
+                    link = self._open_link(stream, Role.HOST, self._service, self._hello)
                     await nursery.start(link.run)
                     await self._on_up(link)
                     self.sessions += 1
                     self._publish(link)
         except AgentctlProtocolError as error:
-            logger.info("control session ended: %s", error)
+            logger.info("%s session ended: %s", self._name, error)
         finally:
             if self._link is not None:
                 self._publish(None)

@@ -1,0 +1,78 @@
+"""``python -m host_agent.fileserver``: the process that serves the host's folders to the guest."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import trio
+
+from host_agent import groups
+from host_agent.agentlog import FORMAT
+from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.server import FileServer
+
+logger = logging.getLogger(__name__)
+
+#: Seconds for which a thread may keep the interpreter while another is ready. Python's 5 ms are for computing; here
+#: each call changes threads twice, and whoever comes back from the disk would wait for the one that reads frames.
+SWITCH_INTERVAL = 0.0005
+
+
+def main() -> None:
+    """Serve until the other end of ``--control-fd`` is closed, or SIGTERM."""
+    arguments = _arguments()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=FORMAT)
+    # The guest says which permissions a new file has, its umask is already in them.
+    os.umask(0)
+    _raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    groups.run(_serve, arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m host_agent.fileserver")
+    parser.add_argument("--guest-socket", type=Path, required=True, help="QEMU's socket of the port")
+    parser.add_argument("--control-fd", type=int, required=True, help="a connected stream socket")
+    parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--hide", action="append", default=[], help="a directory that guests see empty")
+    return parser.parse_args()
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:  # macOS calls a limit "infinity" that it does not grant
+            logger.warning("only %d descriptors: %s", soft, error)
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    control = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=arguments.control_fd)))
+    journal = Journal(arguments.journal)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+            await FileServer(arguments.guest_socket, control, journal, arguments.hide).run()
+            nursery.cancel_scope.cancel()
+    finally:
+        journal.close()
+    logger.info("the file server ends")
+
+
+async def _end_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            scope.cancel()
+            return
+
+
+if __name__ == "__main__":
+    main()

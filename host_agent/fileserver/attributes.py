@@ -1,0 +1,163 @@
+"""Operations on attributes: those of inodes, extended ones, and those of the filesystem."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Any, Final
+
+from host_agent.fileserver import linux
+from host_agent.fileserver.core import Core, Outcome
+from host_agent.fileserver.linux import Status, failure
+from host_agent.fileserver.nodes import Node
+from host_agent.fileserver.signatures import is_stale, touched
+from protocol.api import Done
+from protocol.files import (
+    KILL_PRIVILEGE,
+    SET_ATIME,
+    SET_ATIME_NOW,
+    SET_GID,
+    SET_MODE,
+    SET_MTIME,
+    SET_MTIME_NOW,
+    SET_SIZE,
+    SET_UID,
+    Attributes,
+    Content,
+    FileCall,
+    FilesystemSize,
+    GetAttributes,
+    GetFilesystemSize,
+    GetXattr,
+    ListXattr,
+    RemoveXattr,
+    SetAttributes,
+    SetXattr,
+)
+
+_USER: Final = b"user."
+_NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1: chown(2) takes it for "leave alone"
+
+
+class AttributeOperations:
+    """One share's."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._reach = core.reach
+
+    def methods(self) -> dict[type[FileCall[Any]], Callable[[Any, Any], Outcome]]:
+        return {
+            GetAttributes: self.get_attributes,
+            SetAttributes: self.set_attributes,
+            GetXattr: self.get_xattr,
+            SetXattr: self.set_xattr,
+            ListXattr: self.list_xattr,
+            RemoveXattr: self.remove_xattr,
+            GetFilesystemSize: self.get_filesystem_size,
+        }
+
+    # --- of inodes ---------------------------------------------------------------------------------
+
+    def get_attributes(self, call: GetAttributes, payload: object) -> Outcome:
+        node = self._reach.acquire(call.node)
+        try:
+            status = linux.fstatx(node.descriptor)
+            return Outcome(Attributes(self._core.attr(status), is_stale(node, status)))
+        finally:
+            self._reach.release(node)
+
+    def set_attributes(self, call: SetAttributes, payload: object) -> Outcome:
+        """Owner first, since chown(2) drops bits of the mode, and times last, since all else changes them."""
+        with self._core.changing(call.node) as node:
+            before = linux.fstatx(node.descriptor)
+            if call.valid & (SET_UID | SET_GID):
+                self._set_owner(node, call)
+            if call.valid & SET_SIZE:
+                self._set_size(node, call.size)
+            if call.valid & SET_MODE:
+                with node.lock:
+                    os.chmod(linux.magic_link(node.descriptor), stat.S_IMODE(call.mode))
+            elif call.valid & KILL_PRIVILEGE:
+                self._core.kill_privilege(node.descriptor, linux.fstatx(node.descriptor))
+            self._set_times(node, call)
+            after = linux.fstatx(node.descriptor)
+            stale = self._is_stale(node, before, after)
+            return Outcome(Attributes(self._core.attr(after), stale))
+
+    @staticmethod
+    def _is_stale(node: Node, before: Status, after: Status) -> bool:
+        with node.lock:
+            return touched(node, before, after)
+
+    @staticmethod
+    def _set_owner(node: Node, call: SetAttributes) -> None:
+        uid = call.uid if call.valid & SET_UID else -1
+        gid = call.gid if call.valid & SET_GID else -1
+        if _NOBODY in (uid, gid):
+            raise failure(errno.EINVAL)
+        os.chown(linux.magic_link(node.descriptor), uid, gid)
+
+    def _set_size(self, node: Node, size: int) -> None:
+        if size < 0:
+            raise failure(errno.EINVAL)
+        file = self._core.files.writer(node)
+        try:
+            os.ftruncate(file.descriptor, size)
+        finally:
+            self._core.files.release(file, wrote=True)
+
+    @staticmethod
+    def _set_times(node: Node, call: SetAttributes) -> None:
+        now = (bool(call.valid & SET_ATIME_NOW), bool(call.valid & SET_MTIME_NOW))
+        atime = call.atime_ns if call.valid & SET_ATIME else None
+        mtime = call.mtime_ns if call.valid & SET_MTIME else None
+        if any(now) or atime is not None or mtime is not None:
+            linux.set_times(node.descriptor, atime, mtime, now=now)
+
+    # --- extended ----------------------------------------------------------------------------------
+
+    def get_xattr(self, call: GetXattr, payload: object) -> Outcome:
+        if not call.name.startswith(_USER):
+            raise failure(errno.ENODATA)
+        with self._reach.use(call.node) as node:
+            return Outcome(Content(os.getxattr(linux.magic_link(node.descriptor), call.name)))
+
+    def set_xattr(self, call: SetXattr, payload: object) -> Outcome:
+        if not call.name.startswith(_USER):
+            raise failure(errno.EOPNOTSUPP)
+        with self._core.changing(call.node) as node:
+            os.setxattr(linux.magic_link(node.descriptor), call.name, call.value, call.flags)
+        return Outcome(Done())
+
+    def list_xattr(self, call: ListXattr, payload: object) -> Outcome:
+        with self._reach.use(call.node) as node:
+            names = [os.fsencode(name) for name in os.listxattr(linux.magic_link(node.descriptor))]
+        return Outcome(Content(b"".join(name + b"\0" for name in names if name.startswith(_USER))))
+
+    def remove_xattr(self, call: RemoveXattr, payload: object) -> Outcome:
+        if not call.name.startswith(_USER):
+            raise failure(errno.ENODATA)
+        with self._core.changing(call.node) as node:
+            os.removexattr(linux.magic_link(node.descriptor), call.name)
+        return Outcome(Done())
+
+    # --- of the filesystem -------------------------------------------------------------------------
+
+    def get_filesystem_size(self, call: GetFilesystemSize, payload: object) -> Outcome:
+        with self._reach.use(call.node) as node:
+            size = os.fstatvfs(node.descriptor)
+        return Outcome(
+            FilesystemSize(
+                blocks=size.f_blocks,
+                bfree=size.f_bfree,
+                bavail=size.f_bavail,
+                files=size.f_files,
+                ffree=size.f_ffree,
+                bsize=size.f_bsize,
+                namelen=size.f_namemax,
+                frsize=size.f_frsize,
+            )
+        )

@@ -1,0 +1,211 @@
+"""The guest's calls: taken from the link, done by the threads of their share, answered in batches.
+
+The laws:
+- Every call is answered once in the session it came in, with a result or an errno; what it says can be wrong,
+  and never stops the server. An answer for a session that is over goes nowhere, but what was done is remembered.
+- Before a batch of answers leaves, the journal has been written.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.ledger import Answer, CallKey, Ledger
+from host_agent.fileserver.once import Glimpses, Once, Verdict, digest
+from host_agent.fileserver.shares import LOCK_CALLS, Share
+from host_agent.fileserver.tree import Outcome
+from host_agent.fileserver.workers import Completions
+from protocol import codec, messages
+from protocol.errors import DecodeError, LocalProtocolError
+from protocol.files import CALLS, Entry, FileCall, Forget, Lookup
+from protocol.link import Link
+
+logger = logging.getLogger(__name__)
+
+_DONE: Final[list[Any]] = []
+"""A result without fields, encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Where an answer goes."""
+
+    link: Link
+    number: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """A call on its way through a thread; the last four fields are what came of it."""
+
+    call: FileCall[Any]
+    payload: bytes
+    share: Share
+    asker: Asker
+    once: Once[Asker] | None = None  # where to tell, for a call that is done once
+    key: CallKey = (0, 0)
+    digest: int = 0
+    begun: bytes | None = None  # the precondition, if a killed server may have done it
+    counted: int = 0  # the node that an earlier answer to this lookup counted
+    errno: int = 0
+    value: object = None
+    result: object = None
+    content: bytes | bytearray | memoryview = b""
+
+
+class Calls:
+    """Serves the calls of one guest after another. Belongs to trio's thread."""
+
+    def __init__(self, journal: Journal, shares: Mapping[int, Share]) -> None:
+        self._journal = journal
+        self._shares = shares
+        self._once: Once[Asker] = Once()
+        self._glimpses = Glimpses()
+        self._completions: Completions[_Job] = Completions(self._deliver)
+        self._link: Link | None = None
+
+    def begin_guest(self, past: Ledger) -> None:
+        """The guest's kernel is another one than before, or the first; ``past`` is what a killed server wrote of it."""
+        self._once = Once(past)
+        self._glimpses = Glimpses()
+
+    def begin_session(self, link: Link) -> None:
+        """Calls come from ``link`` now."""
+        self._link = link
+
+    def drop(self, share: int) -> None:
+        """``share`` is not served any more."""
+        self._once.drop(share)
+
+    # --- taking ------------------------------------------------------------------------------------
+
+    def take(self, call: messages.Call) -> None:
+        """A call has come."""
+        if self._link is None:
+            return  # nobody was told of any share yet, so whoever asks is not listening either
+        asker = Asker(self._link, call.id)
+        kind = CALLS.get(call.op)
+        if kind is None:
+            _answer(asker, errno.ENOSYS)
+            return
+        try:
+            message: Any = codec.decode(kind, call.args)
+        except DecodeError as error:
+            logger.warning("a call that is not as it should be: %s", error)
+            _answer(asker, errno.EINVAL)
+            return
+        share = self._shares.get(message.share)
+        if share is None:
+            _answer(asker, errno.ENODEV)
+            return
+        share.calls += 1
+        self._start(_Job(message, call.payload, share, asker), call)
+
+    def _start(self, job: _Job, frame: messages.Call) -> None:
+        call: Any = job.call
+        if type(call) is Lookup and call.unique:
+            job.counted = self._glimpses.take(call)
+        elif call.CHANGES and call.unique and not self._ask(job, frame):
+            return
+        job.share.workers.submit(lambda: self._work(job))
+
+    def _ask(self, job: _Job, frame: messages.Call) -> bool:
+        """Whether there is anything to do about a changing call."""
+        call: Any = job.call
+        key, content = (call.share, call.unique), digest(frame.op, frame.args, frame.payload)
+        verdict = self._once.ask(key, content, job.asker)
+        if isinstance(verdict, Answer):
+            _answer(job.asker, verdict.errno, verdict.value)
+            return False
+        if verdict is Verdict.DO:
+            job.once, job.key, job.digest = self._once, key, content
+            job.begun = self._once.begun(key, content)
+        return verdict is not Verdict.WAIT
+
+    # --- doing, in a thread of the share -----------------------------------------------------------
+
+    def _work(self, job: _Job) -> None:
+        if job.asker.link is self._link or job.call.CHANGES:
+            self._try(job)
+        elif job.counted:
+            _give_back(job.share, job.counted)
+        self._completions.put(job)
+
+    def _try(self, job: _Job) -> None:
+        try:
+            outcome = self._do(job)
+            job.result, job.content = outcome.value, outcome.payload
+            job.value = _DONE if outcome.value is None else codec.encode(outcome.value)
+        except OSError as error:
+            job.errno = error.errno or errno.EIO
+        except Exception:
+            logger.exception("call.failed kind=%s", type(job.call).__name__)
+            job.errno = errno.EIO
+        if job.once is not None and type(job.call) is not Forget:
+            self._journal.outcome(job.key, Answer(job.digest, job.errno, job.value))
+
+    def _do(self, job: _Job) -> Outcome:
+        call = job.call
+        if isinstance(call, LOCK_CALLS):
+            return job.share.lock(call)
+        tree = job.share.tree
+        if job.begun is not None:
+            return tree.perform_again(call, job.payload, job.begun)
+        if type(call) is Forget:
+            if job.once is not None:
+                # Done before it is done: one lookup too many is kept for longer, one too few would lose a file.
+                self._journal.outcome(job.key, Answer(job.digest, 0, _DONE))
+            return tree.perform(call, b"")
+        if job.counted:
+            _give_back(job.share, job.counted)
+        if job.once is not None and (precondition := tree.precondition(call)):
+            self._journal.intent(job.key, job.digest, precondition)
+        return tree.perform(call, job.payload)
+
+    # --- answering ---------------------------------------------------------------------------------
+
+    def _deliver(self, jobs: list[_Job]) -> None:
+        self._journal.flush()
+        for job in jobs:
+            try:
+                self._conclude(job)
+            except Exception:
+                logger.exception("call.unanswered kind=%s", type(job.call).__name__)
+
+    def _conclude(self, job: _Job) -> None:
+        job.share.noticed(job.call)
+        if isinstance(job.call, Lookup) and isinstance(job.result, Entry) and job.call.unique:
+            self._found(job, job.call, job.result.node)
+        askers = [job.asker]
+        if job.once is not None:
+            askers = job.once.done(job.key, Answer(job.digest, job.errno, job.value))
+        for asker in askers:
+            _answer(asker, job.errno, job.value, job.content)
+
+    def _found(self, job: _Job, call: Lookup, node: int) -> None:
+        """A lookup was counted. If its session is over, it may have been asked again already."""
+        if job.asker.link is self._link:
+            self._glimpses.remember(call, node)
+        elif self._shares.get(call.share) is job.share:
+            job.share.workers.submit(lambda: _give_back(job.share, node))
+
+
+def _give_back(share: Share, node: int) -> None:
+    """The guest will not hear of a lookup that was counted."""
+    share.tree.perform(Forget(share.folder.id, 0, 0, [node], [1]), b"")
+
+
+def _answer(
+    asker: Asker, error: int, value: object = None, payload: bytes | bytearray | memoryview = b""
+) -> None:
+    try:
+        asker.link.answer(asker.number, error, value, payload)
+    except LocalProtocolError:
+        # Too long for a frame: a bug, but the guest's process must not wait for ever because of it.
+        logger.exception("call.unsendable")
+        asker.link.answer(asker.number, errno.EIO)

@@ -1,0 +1,300 @@
+"""Operations on names: looking up, making, linking, renaming, removing, and reading directories.
+
+The law of renames and removals: the table learns of them after they are done, and the file that loses its name is
+held before, so that a guest which has it open goes on using it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from host_agent.fileserver import linux, snapshots
+from host_agent.fileserver.core import Core, Outcome, check_name
+from host_agent.fileserver.linux import Status, failure
+from host_agent.fileserver.nodes import Node
+from host_agent.fileserver.signatures import is_stale
+from protocol.api import Done
+from protocol.files import (
+    ATTR,
+    DIRENT,
+    MAX_FILES_PAYLOAD,
+    Content,
+    Create,
+    CreateUnnamed,
+    Entry,
+    FileCall,
+    List,
+    Listing,
+    Lookup,
+    MakeDirectory,
+    MakeLink,
+    MakeNode,
+    MakeSymlink,
+    ReadLink,
+    RemoveDirectory,
+    Rename,
+    Unlink,
+)
+
+MAX_LISTED_WITH_ATTRIBUTES: Final = 2048
+"""Records of one answer if each has attributes: 10 ms of looking."""
+
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+_CREATE_ATTEMPTS: Final = 8
+_MADE: Final = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
+_NO_ATTRIBUTES: Final = bytes(ATTR.size)
+
+
+class NameOperations:
+    """One share's."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._reach = core.reach
+
+    def methods(self) -> dict[type[FileCall[Any]], Callable[[Any, Any], Outcome]]:
+        return {
+            Lookup: self.lookup,
+            MakeNode: self.make_node,
+            MakeDirectory: self.make_directory,
+            MakeSymlink: self.make_symlink,
+            MakeLink: self.make_link,
+            Create: self.create,
+            CreateUnnamed: self.create_unnamed,
+            Unlink: self.unlink,
+            RemoveDirectory: self.remove_directory,
+            Rename: self.rename,
+            ReadLink: self.read_link,
+            List: self.list,
+        }
+
+    # --- finding -----------------------------------------------------------------------------------
+
+    def lookup(self, call: Lookup, payload: object) -> Outcome:
+        """Mostly the name is known and means the same file: then one statx(2) is all."""
+        name = call.name
+        check_name(name)
+        reach = self._reach
+        directory = reach.acquire(call.node)
+        try:
+            if directory.sealed:
+                raise failure(errno.EACCES)
+            status = linux.statx(directory.descriptor, name)
+            node = reach.known(directory, name, status)
+            if node is None:
+                return self._enter(directory, name)
+            return Outcome(Entry(node.number, self._core.attr(status), is_stale(node, status)))
+        finally:
+            reach.release(directory)
+
+    def _enter(self, directory: Node, name: bytes) -> Outcome:
+        """What ``name`` stands for now, one lookup more of it."""
+        return self._enter_open(directory, name, self._reach.open_entry(directory, name))
+
+    def _enter_open(self, directory: Node | None, name: bytes, descriptor: int) -> Outcome:
+        """The same for a file that is open (O_PATH); ``descriptor`` is taken over."""
+        try:
+            status = linux.fstatx(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        node = self._reach.enter(directory, name, descriptor, status)
+        try:
+            return self._core.entry(node, status)
+        finally:
+            self._reach.release(node)
+
+    # --- making ------------------------------------------------------------------------------------
+
+    def make_node(self, call: MakeNode, payload: object) -> Outcome:
+        kind = stat.S_IFMT(call.mode) or stat.S_IFREG
+        if kind not in _MADE:
+            raise failure(errno.EPERM if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) else errno.EINVAL)
+        with self._core.directory(call.node, call.name) as directory:
+            os.mknod(call.name, kind | stat.S_IMODE(call.mode), dir_fd=directory.descriptor)
+            return self._enter(directory, call.name)
+
+    def make_directory(self, call: MakeDirectory, payload: object) -> Outcome:
+        with self._core.directory(call.node, call.name) as directory:
+            os.mkdir(call.name, stat.S_IMODE(call.mode), dir_fd=directory.descriptor)
+            return self._enter(directory, call.name)
+
+    def make_symlink(self, call: MakeSymlink, payload: object) -> Outcome:
+        with self._core.directory(call.node, call.name) as directory:
+            os.symlink(call.target, call.name, dir_fd=directory.descriptor)
+            return self._enter(directory, call.name)
+
+    def make_link(self, call: MakeLink, payload: object) -> Outcome:
+        """Of the file itself, through its descriptor: a symlink is linked, not followed."""
+        with (
+            self._core.directory(call.parent, call.name) as directory,
+            self._core.changing(call.node) as node,
+        ):
+            source = linux.magic_link(node.descriptor)
+            os.link(source, call.name, dst_dir_fd=directory.descriptor, follow_symlinks=True)
+            return self._enter(directory, call.name)
+
+    def create(self, call: Create, payload: object) -> Outcome:
+        """The file is made with O_EXCL: what exists (a FIFO, a device, a symlink) is never opened by name."""
+        with self._core.directory(call.node, call.name) as directory:
+            for _ in range(_CREATE_ATTEMPTS):
+                try:
+                    return self._create_new(directory, call)
+                except FileExistsError:
+                    if call.flags & os.O_EXCL:
+                        raise
+                with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+                    return self._take_existing(directory, call.name)
+        raise failure(errno.ESTALE)
+
+    def _create_new(self, directory: Node, call: Create) -> Outcome:
+        mode = stat.S_IMODE(call.mode)
+        descriptor = self._reach.opening(
+            lambda: os.open(call.name, _CREATE, mode, dir_fd=directory.descriptor)
+        )
+        return self._enter_created(directory, call.name, descriptor)
+
+    def _enter_created(self, directory: Node | None, name: bytes, descriptor: int) -> Outcome:
+        """``descriptor`` is of the new file, open for its data, and stays open for the writes that will follow."""
+        try:
+            held = self._reach.opening(lambda: linux.reopen(descriptor, os.O_PATH))
+            status = linux.fstatx(descriptor)
+            node = self._reach.enter(directory, name, held, status)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        try:
+            self._core.files.adopt(node, descriptor)
+            return self._core.entry(node, status)
+        finally:
+            self._reach.release(node)
+
+    def _take_existing(self, directory: Node, name: bytes) -> Outcome:
+        status = linux.statx(directory.descriptor, name)
+        if stat.S_ISDIR(status.mode):
+            raise failure(errno.EISDIR)
+        if not stat.S_ISREG(
+            status.mode
+        ):  # the guest's kernel looks again, and does what open(2) does with it
+            raise failure(errno.ESTALE)
+        return self._enter(directory, name)
+
+    def create_unnamed(self, call: CreateUnnamed, payload: object) -> Outcome:
+        flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | call.flags & os.O_EXCL
+        with self._core.directory(call.node) as directory:
+            descriptor = self._reach.opening(
+                lambda: os.open(b".", flags, stat.S_IMODE(call.mode), dir_fd=directory.descriptor)
+            )
+            return self._enter_created(None, b"", descriptor)
+
+    # --- removing ----------------------------------------------------------------------------------
+
+    def unlink(self, call: Unlink, payload: object) -> Outcome:
+        return self._remove(call, os.unlink)
+
+    def remove_directory(self, call: RemoveDirectory, payload: object) -> Outcome:
+        return self._remove(call, os.rmdir)
+
+    def _remove(self, call: Unlink | RemoveDirectory, remove: Callable[..., None]) -> Outcome:
+        with self._core.directory(call.node, call.name) as directory:
+            self._check_unsealed(directory, call.name)
+            with self._holding(directory, call.name):
+                remove(call.name, dir_fd=directory.descriptor)
+                self._reach.removed(directory, call.name)
+        return Outcome(Done())
+
+    def rename(self, call: Rename, payload: object) -> Outcome:
+        if call.flags not in (0, linux.RENAME_NOREPLACE, linux.RENAME_EXCHANGE):
+            raise failure(errno.EINVAL)
+        exchange = call.flags == linux.RENAME_EXCHANGE
+        with (
+            self._core.directory(call.node, call.name) as old,
+            self._core.directory(call.parent, call.new_name) as new,
+        ):
+            self._check_unsealed(old, call.name)
+            self._check_unsealed(new, call.new_name)
+            with self._holding(old, call.name), self._holding(new, call.new_name):
+                linux.renameat2(old.descriptor, call.name, new.descriptor, call.new_name, call.flags)
+                self._reach.moved(old, call.name, new, call.new_name, exchange=exchange)
+        return Outcome(Done())
+
+    @contextlib.contextmanager
+    def _holding(self, directory: Node, name: bytes) -> Iterator[None]:
+        """Hold the file that is about to lose ``name``, and with it the way to what is below."""
+        node = self._reach.victim(directory, name)
+        try:
+            yield
+        finally:
+            if node is not None:
+                self._reach.release(node)
+
+    def _check_unsealed(self, directory: Node, name: bytes) -> None:
+        """A sealed directory is neither moved nor removed."""
+        if not self._core.sealed:
+            return
+        try:
+            status = linux.statx(directory.descriptor, name)
+        except FileNotFoundError:
+            return
+        if (status.device, status.ino) in self._core.sealed:
+            raise failure(errno.EACCES)
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def read_link(self, call: ReadLink, payload: object) -> Outcome:
+        with self._reach.use(call.node) as node:
+            if node.kind != stat.S_IFLNK:
+                raise failure(errno.EINVAL)
+            return Outcome(Content(os.readlink(b"", dir_fd=node.descriptor)))
+
+    def list(self, call: List, payload: object) -> Outcome:
+        if call.after < 0:
+            raise failure(errno.EINVAL)
+        stream = (call.node, call.handle)
+        with self._reach.use(call.node) as directory:
+            snapshot = self._core.snapshots.get(stream) if call.after else None
+            if snapshot is None:
+                snapshot = self._take_snapshot(directory)
+            records, names, end = snapshot.piece(call.after, snapshots.PIECE)
+            attributes = b""
+            if call.attributes and len(names) > MAX_LISTED_WITH_ATTRIBUTES:
+                names, end = names[:MAX_LISTED_WITH_ATTRIBUTES], False
+                records = records[: sum(_record_size(name) for name in names)]
+            if call.attributes:
+                attributes = b"".join(self._attr_of(directory, name) for name in names)
+        if end:
+            self._core.snapshots.drop(stream)
+        else:
+            self._core.snapshots.keep(stream, snapshot)
+        assert len(records) + len(attributes) <= MAX_FILES_PAYLOAD
+        return Outcome(Listing(len(records), end), records + attributes)
+
+    def _take_snapshot(self, directory: Node) -> snapshots.Snapshot:
+        if directory.kind != stat.S_IFDIR:
+            raise failure(errno.ENOTDIR)
+        if directory.sealed:
+            return snapshots.take((), int)
+        device = directory.key[0]
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        descriptor = self._reach.opening(lambda: linux.reopen(directory.descriptor, flags))
+        try:
+            entries = linux.read_directory(descriptor)
+        finally:
+            os.close(descriptor)
+        return snapshots.take(entries, lambda ino: self._core.inode(device, ino))
+
+    def _attr_of(self, directory: Node, name: bytes) -> bytes:
+        try:
+            status: Status = linux.statx(directory.descriptor, name)
+        except OSError:
+            return _NO_ATTRIBUTES
+        return self._core.attr(status)
+
+
+def _record_size(name: bytes) -> int:
+    return DIRENT.size + len(name) + -len(name) % 8

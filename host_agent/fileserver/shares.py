@@ -1,0 +1,307 @@
+"""One shared folder at work: its tree, its locks, its threads, and how it is doing.
+
+The laws:
+- Nothing here that may wait for a disk runs in trio's thread, not even the making of the tree: a folder on a
+  server that is away must not stop the others.
+- No call is carried out before what the session began with: a restored table, and the word that answers
+  may have been lost (``resume``).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import trio
+
+from host_agent.fileserver.control import GuestStage, SharedFolder, ShareStage, ShareState
+from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.ledger import Kind, LockRecord, NodeRecord
+from host_agent.fileserver.locks import HostLocks
+from host_agent.fileserver.nodes import Identity, Link, RestoredNode
+from host_agent.fileserver.tree import Outcome, Stage, Tree
+from host_agent.fileserver.workers import Workers
+from protocol.files import FileCall, Flushed, OpenForLocks, Release, ReleaseOwner, SetLock, TestLock
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks at a root.
+ROOT_INTERVAL: Final = 1.0
+#: Seconds after ``Flushed`` until the file's writer may be closed (the tree's own rule), and a little more.
+FLUSH_DELAY: Final = 0.11
+#: Seconds without an answer of the disk after which a user is told.
+SILENCE: Final = 5.0
+#: Milliseconds by which two clocks may differ before a user is told: make(1) compares times to the second.
+MAX_SKEW: Final = 1000
+
+LOCK_CALLS: Final = (OpenForLocks, Release, ReleaseOwner, TestLock, SetLock)
+
+_STAGES: Final = {
+    Stage.SERVING: ShareStage.SERVING,
+    Stage.MISSING: ShareStage.MISSING,
+    Stage.DENIED: ShareStage.DENIED,
+    Stage.NOT_A_DIRECTORY: ShareStage.NOT_A_DIRECTORY,
+}
+_HINTS: Final = {
+    ShareStage.SERVING: "",
+    ShareStage.MISSING: "It is served again as soon as there is a folder of this name.",
+    ShareStage.DENIED: "It is served again as soon as you may read and enter it.",
+    ShareStage.NOT_A_DIRECTORY: "Only folders can be shared; share the one it is in.",
+    ShareStage.FULL: "Programs in the VM get 'No space left on device'. Make room on the host's disk.",
+}
+
+
+class _ShareRecorder:
+    """Writes what a tree records into the journal."""
+
+    def __init__(self, share: int, journal: Journal) -> None:
+        self._share = share
+        self._add = journal.add
+
+    def node(self, node: int, parent: int, name: bytes, identity: Identity) -> None:
+        self._add(
+            Kind.NODE, self._share, node, parent, name, identity.device, identity.inode, identity.birth_ns
+        )
+
+    def unlinked(self, node: int, parent: int, name: bytes) -> None:
+        self._add(Kind.UNLINKED, self._share, node, parent, name)
+
+    def counted(self, node: int, lookups: int) -> None:
+        self._add(Kind.COUNTED, self._share, node, lookups)
+
+
+class _Tended(NamedTuple):
+    """When to come again (``time.monotonic``), whether something has changed, and names to be dropped."""
+
+    due: float
+    news: bool = False
+    gone: list[Link] = []  # noqa: RUF012 (never changed)
+
+
+class Share:
+    """A folder that is served. ``close`` is the end of it."""
+
+    def __init__(self, folder: SharedFolder, journal: Journal, hidden: list[str]) -> None:
+        """``hidden`` are paths of directories that the guest sees empty."""
+        self.folder = folder
+        self.workers = Workers(f"share-{folder.id:08x}")
+        # Apart from the calls: those wait for what is done here first.
+        self._housekeeper = Workers(f"house-{folder.id:08x}", 1)
+        self.calls = 0
+        self.guest = GuestStage.WAITING
+        self.guest_reason = ""
+        self.clock_skew_ms = 0
+        self._journal = journal
+        self._hidden = hidden
+        self._tree: Tree | None = None
+        self._locks: HostLocks | None = None
+        self._opened, self._ready = threading.Event(), threading.Event()
+        self._asked_at: float | None = None  # since when the disk owes tend() an answer
+        self._nap = trio.CancelScope()
+        self._closed = False
+        self._housekeeper.submit(self._open)
+
+    def _open(self) -> None:
+        try:
+            self._tree = Tree(
+                self.folder.host_path,
+                read_only=self.folder.read_only,
+                sealed=_sealed_directories(self._hidden),
+                recorder=_ShareRecorder(self.folder.id, self._journal),
+                next_node=self._journal.next_node,
+            )
+            self._locks = HostLocks(self.folder.id, self._journal, self._tree.data_fd_for_locks)
+        finally:
+            self._opened.set()
+
+    async def wait_opened(self) -> None:
+        """Return when the folder was looked at for the first time."""
+        while not self._opened.is_set():
+            await trio.sleep(0.002)  # once in the life of a share, and for less than that
+
+    def resume(self, nodes: dict[int, NodeRecord] | None = None, locks: LockRecord | None = None) -> None:
+        """A session begins; ``nodes`` and ``locks`` are what a killed server has left for the same guest.
+
+        Calls that come from now on wait until that is taken in.
+        """
+        self._ready.clear()
+        self._housekeeper.submit(lambda: self._resume(nodes or {}, locks))
+
+    def _resume(self, nodes: dict[int, NodeRecord], locks: LockRecord | None) -> None:
+        try:
+            if self._tree is not None:
+                if nodes:
+                    self._tree.restore(_restored(nodes))
+                self._tree.suspect_all()
+            if locks is not None and self._tree is not None:
+                self._locks = HostLocks(self.folder.id, self._journal, self._tree.data_fd_for_locks, locks)
+        finally:
+            self._ready.set()
+        if self._locks is not None:
+            self._locks.settle()
+
+    def close(self) -> None:
+        """Serve no more: what was asked is still done, then everything is let go of."""
+        self._closed = True
+        self._nap.cancel()
+        self._ready.set()
+        self._housekeeper.close(lambda: self.workers.close(self._let_go))
+
+    def _let_go(self) -> None:
+        if self._locks is not None:
+            self._locks.close()
+        if self._tree is not None:
+            self._tree.close()
+
+    # --- calls, in the threads of ``workers`` ------------------------------------------------------
+
+    def wait_ready(self) -> None:
+        """Return when calls may be carried out."""
+        if not self._ready.is_set():
+            self._ready.wait()
+
+    @property
+    def tree(self) -> Tree:
+        """The tree, once calls may reach it. Raises ``OSError`` if it could not be made."""
+        self.wait_ready()
+        if self._tree is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._tree
+
+    def lock(self, call: FileCall[Any]) -> Outcome:
+        """Do one of ``LOCK_CALLS``. Raises ``OSError``."""
+        self.wait_ready()
+        if not self.folder.host_locks or self._locks is None:
+            raise OSError(errno.EOPNOTSUPP, "the locks of this share are the guest's own")
+        return Outcome(self._locks.perform(call))
+
+    # --- housekeeping ------------------------------------------------------------------------------
+
+    def noticed(self, call: FileCall[Any]) -> None:
+        """``call`` was done: there may be something to close soon."""
+        if type(call) is Flushed:
+            self._nap.deadline = min(self._nap.deadline, trio.current_time() + FLUSH_DELAY)
+
+    async def tend(self, changed: Callable[[], object], gone: Callable[[int, list[Link]], None]) -> None:
+        """Look after the folder until ``close``: its root once a second, and what is idle.
+
+        ``changed`` is called when the state has changed, ``gone`` with the share's id and names that the guest
+        is to drop (``NamesGone``).
+        """
+        look_at = 0.0
+        while not self._closed:
+            now = time.monotonic()
+            look = now >= look_at
+            if look:
+                look_at = now + ROOT_INTERVAL
+            self._nap = trio.CancelScope()
+            due, news, names = await self._in_thread(partial(self._tend, look=look))
+            if news:
+                changed()
+            if names:
+                gone(self.folder.id, names)
+            self._nap.deadline = min(
+                self._nap.deadline, trio.current_time() + max(0.01, min(due, look_at) - time.monotonic())
+            )
+            with self._nap:
+                await trio.sleep_forever()
+
+    def _tend(self, *, look: bool) -> _Tended:
+        now = time.monotonic()
+        if self._tree is None:
+            return _Tended(now + ROOT_INTERVAL)
+        news = self._tree.check_root() if look else False
+        return _Tended(self._tree.close_idle(now), news, self._tree.names_gone(now))
+
+    async def _in_thread(self, function: Callable[[], _Tended]) -> _Tended:
+        token, done = trio.lowlevel.current_trio_token(), trio.Event()
+        result = _Tended(time.monotonic() + ROOT_INTERVAL)
+
+        def work() -> None:
+            nonlocal result
+            try:
+                result = function()
+            finally:
+                _tell(token, done.set)
+
+        self._asked_at = trio.current_time()
+        self._housekeeper.submit(work)
+        await done.wait()
+        self._asked_at = None
+        return result
+
+    # --- how it is doing ---------------------------------------------------------------------------
+
+    def state(self) -> ShareState:
+        """What a user is told."""
+        stage, reason, nodes, descriptors, lost = ShareStage.SERVING, "", 0, 0, 0
+        if self._tree is not None:
+            tree = self._tree.describe()
+            stage, reason = _STAGES[tree.stage], tree.reason
+            nodes, descriptors, lost = tree.nodes, tree.descriptors, tree.lost
+            if tree.full and stage is ShareStage.SERVING:
+                stage, reason = ShareStage.FULL, "The disk of the host is full."
+        if self._locks is not None:
+            descriptors, lost = descriptors + self._locks.descriptors, lost + self._locks.lost
+        reason, hint = self._explain(stage, reason)
+        return ShareState(
+            self.folder.id,
+            stage,
+            self.guest,
+            reason,
+            hint,
+            nodes,
+            descriptors,
+            lost,
+            self.calls,
+            self.clock_skew_ms,
+        )
+
+    def _explain(self, stage: ShareStage, reason: str) -> tuple[str, str]:
+        """The reason and the hint; the gravest only."""
+        if self._asked_at is not None and trio.current_time() - self._asked_at > SILENCE:
+            return "The host's disk does not answer.", "Programs in the VM that use this folder wait for it."
+        if stage is not ShareStage.SERVING:
+            return reason, _HINTS[stage]
+        if self.guest is GuestStage.FAILED:
+            return self.guest_reason or "It could not be mounted in the VM.", ""
+        if abs(self.clock_skew_ms) > MAX_SKEW:
+            direction = "ahead of" if self.clock_skew_ms > 0 else "behind"
+            reason = f"The VM's clock is {abs(self.clock_skew_ms) / 1000:.1f} s {direction} the host's."
+            return reason, "make may build too much or too little."
+        return reason, ""
+
+
+def _restored(nodes: dict[int, NodeRecord]) -> list[RestoredNode]:
+    return [
+        RestoredNode(
+            number, record.lookups, Identity(record.device, record.inode, record.birth_ns), list(record.links)
+        )
+        for number, record in nodes.items()
+    ]
+
+
+def _tell(token: trio.lowlevel.TrioToken, function: Callable[[], None]) -> None:
+    try:
+        token.run_sync_soon(function)
+    except trio.RunFinishedError:
+        logger.debug("a worker finished after the server")
+
+
+def _sealed_directories(paths: list[str]) -> frozenset[tuple[int, int]]:
+    """(st_dev, st_ino) of what is not to be shown; a path that does not exist hides nothing."""
+    found = set()
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            logger.warning("nothing to hide at %s: %s", path, error)
+            continue
+        found.add((status.st_dev, status.st_ino))
+    return frozenset(found)

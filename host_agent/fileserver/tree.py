@@ -1,0 +1,194 @@
+"""One shared folder, and everything that a guest may ask of it.
+
+``Tree.perform`` carries out any ``FileCall`` but the ones about locks (operations 40 to 44), at once and
+in the calling thread, or raises ``OSError`` with the errno for the guest. The laws, all kept here, on the host:
+- Nothing outside the folder is reached: every step is one component, from a descriptor, never through a symlink.
+- A share that is read-only refuses every call of a kind that changes something (EROFS).
+- Whatever a guest sends is answered: with what it asked for, or an errno; never with a traceback.
+
+Everything is thread-safe; calls on different files do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from host_agent.fileserver.attributes import AttributeOperations
+from host_agent.fileserver.core import Core, Outcome
+from host_agent.fileserver.data import DataOperations
+from host_agent.fileserver.judgement import Judgement
+from host_agent.fileserver.names import NameOperations
+from host_agent.fileserver.nodes import Identity, Recorder, RestoredNode
+from host_agent.fileserver.root import Fullness, Root, Stage
+from protocol.api import Done
+from protocol.files import FileCall, Flushed, Forget
+
+__all__ = ["Identity", "Outcome", "Recorder", "RestoredNode", "Stage", "Tree", "TreeState"]
+
+_REFUSED_NUMBERS: Final = (ValueError, OverflowError)
+"""What Python raises for a number that does not fit a system call, or a NUL inside a name: EINVAL."""
+
+_Method = Callable[[Any, Any], Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class TreeState:
+    """How a share is. ``reason`` is a sentence unless it is SERVING; ``lost`` counts the files that the guest
+    still had a number for and that could not be found again (ESTALE). ``full``: the disk refuses data."""
+
+    stage: Stage
+    reason: str
+    nodes: int
+    descriptors: int
+    lost: int
+    full: bool
+
+
+class Tree:
+    """Serves the folder ``path``.
+
+    ``sealed`` are directories, by (st_dev, st_ino), that the guest sees empty and cannot enter or move.
+    ``next_node`` gives out numbers that were never used before, greater than 1; by default the tree counts by itself.
+    ``max_descriptors`` bounds what is kept open to find files again (default: an eighth of RLIMIT_NOFILE).
+    """
+
+    def __init__(
+        self,
+        path: str | bytes,
+        *,
+        read_only: bool,
+        sealed: frozenset[tuple[int, int]],
+        recorder: Recorder,
+        next_node: Callable[[], int] | None = None,
+        max_descriptors: int | None = None,
+    ) -> None:
+        self._core = core = Core(
+            read_only=read_only,
+            sealed=sealed,
+            recorder=recorder,
+            next_node=next_node,
+            max_descriptors=max_descriptors,
+        )
+        self._root = Root(os.fsencode(path), core)
+        self._fullness = Fullness()
+        names = NameOperations(core)
+        self._methods: dict[type[FileCall[Any]], _Method] = {
+            Forget: self._forget,
+            Flushed: self._flushed,
+            **names.methods(),
+            **AttributeOperations(core).methods(),
+            **DataOperations(core).methods(),
+        }
+        self._judgement = Judgement(core, self.perform)
+        self._root.check()
+
+    def perform(self, call: FileCall[Any], payload: bytes | memoryview = b"") -> Outcome:
+        """Do it. Raises ``OSError`` whose errno is the guest's answer; ENOSYS for a call that is not of this class."""
+        kind = type(call)
+        method = self._methods.get(kind)
+        if method is None:
+            raise OSError(errno.ENOSYS, "not served here")
+        if kind.CHANGES and self._core.read_only and kind is not Forget:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        try:
+            return method(call, payload)
+        except OSError as error:
+            raise self._answer(error) from None
+        except _REFUSED_NUMBERS as error:
+            raise OSError(errno.EINVAL, str(error)) from None
+
+    def _answer(self, error: OSError) -> OSError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._fullness.refused(time.monotonic())
+        if error.errno == errno.EBADF:  # the root went away under the call, and its descriptor with it
+            return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return error if error.errno else OSError(errno.EIO, str(error))
+
+    def _forget(self, call: Forget, payload: object) -> Outcome:
+        if len(call.nodes) != len(call.counts):
+            raise OSError(errno.EINVAL, "as many counts as nodes")
+        for number, count in zip(call.nodes, call.counts, strict=True):
+            self._core.forget(number, count)
+        return Outcome(Done())
+
+    def _flushed(self, call: Flushed, payload: object) -> Outcome:
+        self._core.files.flushed(call.node)
+        return Outcome(Done())
+
+    def precondition(self, call: FileCall[Any]) -> bytes:
+        """What to write down before ``call`` is done, for a successor that must judge whether it was. Never raises."""
+        return self._judgement.precondition(call)
+
+    def perform_again(
+        self, call: FileCall[Any], payload: bytes | memoryview = b"", precondition: bytes = b""
+    ) -> Outcome:
+        """Do ``call`` that a process which was killed may have done already, and which then is not done twice.
+
+        ``precondition`` is what was written down before the first time. Raises as ``perform``.
+        """
+        if self._core.read_only and type(call).CHANGES and type(call) is not Forget:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        try:
+            return self._judgement.perform_again(call, payload, precondition)
+        except OSError as error:
+            raise self._answer(error) from None
+        except _REFUSED_NUMBERS as error:
+            raise OSError(errno.EINVAL, str(error)) from None
+
+    def restore(self, nodes: Iterable[RestoredNode]) -> None:
+        """Take over what an earlier process recorded, before the first call. A file is looked for when it is needed."""
+        self._core.reach.restore(nodes)
+
+    def suspect_all(self) -> None:
+        """A reply may have been lost, and with it the word that data is stale: say it again for every file.
+        To be called when a new session with the guest begins."""
+        self._core.reach.suspect_all()
+
+    def describe(self) -> TreeState:
+        reach = self._core.reach
+        return TreeState(
+            stage=self._root.stage,
+            reason=self._root.reason,
+            nodes=reach.nodes,
+            descriptors=reach.descriptors + self._core.files.descriptors,
+            lost=reach.lost,
+            full=self._fullness.full,
+        )
+
+    def check_root(self) -> bool:
+        """To be called once a second: adopts a folder that was replaced, notices one that went. True: the
+        state changed. May block for as long as the disk does."""
+        changed = self._root.check()
+        full = self._fullness.full
+        self._fullness.check(self._core, time.monotonic())
+        return changed or full != self._fullness.full
+
+    def close_idle(self, now: float) -> float:
+        """Close what is due at ``now`` (``time.monotonic``). Returns when there will be more to do: not later than
+        in 10 s, and sooner if a file is written or ``Flushed`` meanwhile (ask again 100 ms after that)."""
+        return self._core.files.close_idle(now)
+
+    def names_gone(self, now: float) -> list[tuple[int, bytes]]:
+        """Names (directory's node, name) of files that were deleted on the host: for the guest to drop, so that those
+        it does not use are forgotten. Looks every 10 s at most; may block for as long as the disk does."""
+        return self._core.reach.sweep(now)
+
+    def data_fd_for_locks(self, node: int, flags: int) -> int:
+        """A descriptor of its own open file description of a regular file; the caller closes it.
+
+        ``flags`` are open(2)'s access mode; anything but O_RDONLY is EROFS on a share that is read-only.
+        """
+        core = self._core
+        with core.reach.use(node) as file:
+            return core.files.open_separately(file, flags & os.O_ACCMODE)
+
+    def close(self) -> None:
+        """Give every descriptor back. No call may be running."""
+        self._core.files.close_all()
+        self._core.snapshots.clear()
+        self._core.reach.close()

@@ -1,0 +1,115 @@
+"""Threads for what may wait for a disk, and the way back from them to trio.
+
+The laws:
+- Each share has its own few threads: a share on a disk that hangs, or on a file server that is away, has all of
+  them waiting and takes nothing from the others. They are started when there is work for them.
+- Results come back in batches: while one is being handled, the next one gathers. A thread switch costs 20-100 us
+  and an entry of the journal's 5, so under load everything that is per batch is nearly free.
+- A thread that hangs does not keep the process alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final, Generic, TypeVar
+
+import trio
+
+logger = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+
+#: Threads of one share. The guest's kernel has a few dozen requests under way at most, a disk's own parallelism
+#: is not Python's to use, and each thread more is one more to wait for the interpreter's lock.
+THREADS: Final = 6
+
+
+class Workers:
+    """Runs functions in at most ``limit`` threads. They must not raise."""
+
+    def __init__(self, name: str, limit: int = THREADS) -> None:
+        self._name = name
+        self._limit = limit
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._unfinished = 0
+        self._threads = 0
+        self._last: Callable[[], object] = lambda: None
+        self._closed = threading.Event()
+
+    def submit(self, function: Callable[[], object]) -> None:
+        """Have ``function`` run, after everything that was submitted before has at least begun."""
+        with self._lock:
+            self._unfinished += 1
+            start = self._threads < min(self._limit, self._unfinished)
+            self._threads += start
+        self._queue.put(function)
+        if start:
+            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+
+    def close(self, last: Callable[[], object]) -> None:
+        """Let the threads end when all is done that was submitted; the last one does ``last``, alone.
+
+        Nothing may be submitted any more.
+        """
+        self.submit(lambda: None)  # so that there is a thread
+        self._last = last
+        with self._lock:
+            threads = self._threads
+        for _ in range(threads):
+            self._queue.put(None)
+
+    def wait_closed(self, timeout: float) -> bool:
+        """Whether all has come to its end, after ``close``, within ``timeout`` seconds."""
+        return self._closed.wait(timeout)
+
+    def _work(self) -> None:
+        self._work_until_closed()
+        with self._lock:
+            self._threads -= 1
+            remaining = self._threads
+        if not remaining:
+            try:
+                self._last()
+            finally:
+                self._closed.set()
+
+    def _work_until_closed(self) -> None:
+        while (function := self._queue.get()) is not None:
+            try:
+                function()
+            except Exception:
+                logger.exception("worker.failed thread=%s", self._name)
+            with self._lock:
+                self._unfinished -= 1
+
+
+class Completions(Generic[ItemT]):
+    """Items put by any thread come to ``handle`` in the thread of the current trio run, many at a time."""
+
+    def __init__(self, handle: Callable[[list[ItemT]], None]) -> None:
+        self._handle = handle
+        self._token = trio.lowlevel.current_trio_token()
+        self._items: deque[ItemT] = deque()
+        self._awake = False
+
+    def put(self, item: ItemT) -> None:
+        """Hand over an item. Nothing happens when trio's run is over."""
+        self._items.append(item)
+        if not self._awake:  # else the one who set it has yet to look, and will find the item
+            self._awake = True
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._take)
+
+    def _take(self) -> None:
+        self._awake = False
+        items: list[ItemT] = []
+        while self._items:
+            items.append(self._items.popleft())
+        if items:
+            self._handle(items)

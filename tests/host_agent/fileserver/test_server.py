@@ -1,0 +1,650 @@
+"""The file server between a guest and a host agent, all in this process; the folders are real."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import ANY
+
+import pytest
+import trio
+
+from host_agent.fileserver import shares as shares_module
+from host_agent.fileserver.control import (
+    GetShares,
+    GuestStage,
+    ServeShares,
+    SharedFolder,
+    ShareStage,
+    ShareState,
+)
+from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.server import FileServer
+from host_agent.fileserver.tree import Outcome, Tree
+from host_agent.fileserver.workers import THREADS
+from protocol import codec
+from protocol.api import Done
+from protocol.errors import ErrorCode, RpcError
+from protocol.files import (
+    MAX_DATA,
+    ROOT,
+    Create,
+    Entry,
+    FileCall,
+    Flushed,
+    Forget,
+    GetAttributes,
+    List,
+    Listing,
+    Lookup,
+    MountReport,
+    MountReports,
+    MountShares,
+    MountStage,
+    OpenForLocks,
+    Read,
+    SetLock,
+    Unlink,
+    Write,
+    Written,
+)
+from protocol.files import Share as MountedShare
+from protocol.link import Link, SerialChannel
+from tests.host_agent.fileserver.peers import (
+    SHARE,
+    SOON,
+    HostAgent,
+    Kernel,
+    Port,
+    control_pair,
+    host_agent,
+    port,
+    until,
+)
+
+
+@dataclass
+class Scene:
+    """A file server with its neighbours. ``root`` is share ``SHARE``."""
+
+    root: Path
+    folder: SharedFolder
+    port: Port
+    agent: HostAgent
+    server: FileServer
+    journal: Journal
+    scope: trio.CancelScope
+
+
+@asynccontextmanager
+async def scene(place: Path, **options: Any) -> AsyncIterator[Scene]:
+    """Everything but the guest, and nothing is shared yet."""
+    root = place / "root"
+    root.mkdir(exist_ok=True)
+    journal = Journal(place / "journal")
+    ours, theirs = control_pair()
+    control = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    async with port(place) as opened, trio.open_nursery() as nursery:
+        server = FileServer(opened.path, control, journal)
+        nursery.start_soon(server.run)
+        async with host_agent(ours) as agent:
+            folder = SharedFolder(SHARE, str(root), "/guest", **options)
+            yield Scene(root, folder, opened, agent, server, journal, nursery.cancel_scope)
+        nursery.cancel_scope.cancel()
+    journal.close()
+
+
+@dataclass
+class Connected:
+    """A scene with a guest in it."""
+
+    scene: Scene
+    kernel: Kernel
+    channel: SerialChannel
+
+    @property
+    def root(self) -> Path:
+        return self.scene.root
+
+    def session(self) -> AbstractAsyncContextManager[Link]:
+        return self.kernel.session(self.channel)
+
+    async def state(self) -> ShareState:
+        return (await self.scene.agent.link.request(GetShares())).shares[0]
+
+    async def create(self, name: bytes) -> Entry:
+        return await self.kernel.ask(Create(SHARE, self.kernel.unique(), ROOT, name, 0o644, os.O_EXCL))
+
+
+@asynccontextmanager
+async def connected(place: Path, **options: Any) -> AsyncIterator[Connected]:
+    async with waiting(place, **options) as guest, guest.session():
+        yield guest
+
+
+@asynccontextmanager
+async def waiting(place: Path, **options: Any) -> AsyncIterator[Connected]:
+    """A scene with a guest that has not begun a session yet."""
+    async with scene(place, **options) as made:
+        await made.agent.serve(made.folder)
+        yield Connected(made, Kernel(), await made.port.accept())
+
+
+class Gate:
+    """Calls of ``kind`` begin, and wait until ``open``; those that have begun are in ``begun``."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kind: type[FileCall[Any]], share: int = SHARE
+    ) -> None:
+        self.begun: list[Any] = []
+        self._open = threading.Event()
+        perform = Tree.perform
+
+        def wait(tree: Tree, call: Any, payload: bytes = b"") -> Outcome:
+            if type(call) is kind and call.share == share:
+                self.begun.append(call)
+                assert self._open.wait(SOON)
+            return perform(tree, call, payload)
+
+        monkeypatch.setattr(Tree, "perform", wait)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+# --- the beginning -----------------------------------------------------------------------------------
+
+
+async def test_the_guest_hears_of_the_shares_first(place: Path) -> None:
+    async with scene(place) as made:
+        with trio.move_on_after(0.1) as early:
+            await made.port._listener.accept()
+        assert early.cancelled_caught, "nobody has said yet what to share"
+        states = await made.agent.serve(made.folder)
+        assert [(state.stage, state.guest) for state in states.shares] == [
+            (ShareStage.SERVING, GuestStage.WAITING)
+        ]
+        assert not states.connected
+        kernel = Kernel()
+        async with kernel.session(await made.port.accept()):
+            assert kernel.mounted == [MountShares([MountedShare(SHARE, "/guest")])]
+            await until(lambda: made.agent.told and made.agent.told[-1].connected)
+            assert made.agent.told[-1].shares[0].guest is GuestStage.MOUNTED
+        await until(lambda: not made.agent.told[-1].connected)
+
+
+async def test_files_are_made_written_and_read(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"new")
+        written = await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), b"hello")
+        assert isinstance(written, Written)
+        assert (guest.root / "new").read_bytes() == b"hello"
+        result = await kernel.finish(kernel.begin(Read(SHARE, kernel.unique(), entry.node, 1, 100)))
+        assert (result.errno, result.payload) == (0, b"ello")
+        listing = await kernel.ask(List(SHARE, kernel.unique(), ROOT, 1, 0))
+        assert isinstance(listing, Listing)
+        with pytest.raises(FileExistsError):
+            await guest.create(b"new")
+        assert await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"new")) == Done()
+        assert list(guest.root.iterdir()) == []
+        assert (await guest.state()).calls == 6
+
+
+@dataclass(frozen=True, slots=True)
+class Strange(FileCall[Done]):
+    """Nothing that is known; sent as whatever ``OP`` says."""
+
+    OP: ClassVar[int] = 99
+    RESULT: ClassVar[type] = Done
+
+    share: object
+    unique: object = 0
+
+
+async def test_whatever_is_asked_is_answered(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+
+        async def refusal(call: FileCall[Any], payload: bytes = b"") -> int:
+            return (await kernel.finish(kernel.begin(call, payload))).errno
+
+        class AsLookup(Strange):
+            OP: ClassVar[int] = 1
+
+        assert await refusal(Strange(SHARE)) == errno.ENOSYS
+        assert await refusal(AsLookup(SHARE)) == errno.EINVAL
+        assert await refusal(AsLookup("seven")) == errno.EINVAL
+        assert await refusal(GetAttributes(SHARE + 1, 2, ROOT)) == errno.ENODEV
+        assert await refusal(GetAttributes(SHARE, 2, 12345)) == errno.ESTALE
+        assert await refusal(GetAttributes(SHARE, 1 << 63, -1)) == errno.ESTALE
+        assert await refusal(OpenForLocks(SHARE, 2, ROOT, 0)) == errno.EOPNOTSUPP
+        assert await refusal(GetAttributes(SHARE, 2, ROOT), b"a payload where none belongs") == 0
+
+
+async def test_a_mebibyte_goes_both_ways(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"large")
+        data = os.urandom(MAX_DATA)
+        assert (await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), data)).size == MAX_DATA
+        for sixteen in (
+            [kernel.begin(Write(SHARE, kernel.unique(), entry.node, n * MAX_DATA), data) for n in range(16)],
+            [kernel.begin(Read(SHARE, 0, entry.node, n * MAX_DATA, MAX_DATA)) for n in range(16)],
+        ):
+            results = [await kernel.finish(pending) for pending in sixteen]
+        assert {result.payload for result in results} == {data}
+
+
+async def test_a_bug_in_a_call_is_an_io_error_and_the_others_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tree: Tree, call: object, payload: bytes = b"") -> Outcome:
+        raise ZeroDivisionError
+
+    async with connected(place) as guest:
+        with monkeypatch.context() as broken:
+            broken.setattr(Tree, "perform", fail)
+            with pytest.raises(OSError) as failed:
+                await guest.kernel.lookup(b"a")
+            assert failed.value.errno == errno.EIO
+        with pytest.raises(FileNotFoundError):
+            await guest.kernel.lookup(b"a")
+
+
+async def test_an_answer_that_does_not_fit_is_an_io_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected(place) as guest:
+        monkeypatch.setattr(Tree, "perform", lambda *_: Outcome(Done(), bytes(2 << 20)))
+        with pytest.raises(OSError) as failed:
+            await guest.kernel.ask(Read(SHARE, 2, ROOT, 0, 1))
+        assert failed.value.errno == errno.EIO
+
+
+# --- once ------------------------------------------------------------------------------------------
+
+
+async def test_a_changing_call_asked_again_is_done_once(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"log")
+        append = Write(SHARE, kernel.unique(), entry.node, 0, append=True)
+        answers = [await kernel.ask(append, b"line\n") for _ in range(3)]
+        assert (guest.root / "log").read_bytes() == b"line\n"
+        assert answers[0] == answers[1] == answers[2]
+        unlink = Unlink(SHARE, kernel.unique(), ROOT, b"nothing")
+        for _ in range(2):
+            with pytest.raises(FileNotFoundError):
+                await kernel.ask(unlink)
+            (guest.root / "nothing").touch()
+        assert (guest.root / "nothing").exists(), "a failure is as final as a success"
+
+
+async def test_asked_again_while_it_is_being_done(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest agent is killed with a write under way, and its successor sends that again."""
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"log")
+            gate = Gate(monkeypatch, Write)
+            append = kernel.begin(Write(SHARE, kernel.unique(), entry.node, 0, append=True), b"line\n")
+            await until(lambda: gate.begun)
+        async with guest.session():
+            assert append.sent == 2
+            with pytest.raises(FileNotFoundError):  # another call overtakes it, so it has come
+                await kernel.lookup(b"nothing")
+            gate.open()
+            assert (await kernel.finish(append)).errno == 0
+        assert len(gate.begun) == 1
+        assert (guest.root / "log").read_bytes() == b"line\n"
+
+
+async def test_the_outcome_of_a_dead_session_is_remembered(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"log")
+            gate = Gate(monkeypatch, Write)
+            append = kernel.begin(Write(SHARE, kernel.unique(), entry.node, 0, append=True), b"line\n")
+            await until(lambda: gate.begun)
+        gate.open()
+        await until(lambda: (guest.root / "log").read_bytes())
+        async with guest.session():
+            assert (await kernel.finish(append)).errno == 0
+        assert (guest.root / "log").read_bytes() == b"line\n"
+
+
+async def test_a_crowd_of_calls_outlives_its_session(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there are threads: what the new session begins with must not queue behind them."""
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"log")
+            gate = Gate(monkeypatch, Write)
+            crowd = [
+                kernel.begin(Write(SHARE, kernel.unique(), entry.node, 0, append=True), b"line\n")
+                for _ in range(5 * THREADS)
+            ]
+            await until(lambda: len(gate.begun) == THREADS)
+        async with guest.session():
+            gate.open()
+            assert [(await kernel.finish(pending)).errno for pending in crowd] == [0] * len(crowd)
+        assert (guest.root / "log").read_bytes() == b"line\n" * len(crowd)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_lookup_whose_answer_was_lost_is_counted_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """``late``: it is still being done when it is asked again."""
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        (guest.root / "file").touch()
+        async with guest.session():
+            await kernel.ask(GetAttributes(SHARE, 0, ROOT))  # the folder is open
+            nodes = (await guest.state()).nodes
+            gate = Gate(monkeypatch, Lookup)
+            asked = kernel.begin(Lookup(SHARE, kernel.unique(), ROOT, b"file"))
+            await until(lambda: gate.begun)
+        if not late:
+            gate.open()
+            await until(lambda: guest.scene.server._calls._glimpses._seen)
+        async with guest.session():
+            if late:
+                await until(lambda: len(gate.begun) == 2)
+            gate.open()
+            result = await kernel.finish(asked)
+            assert asked.sent == 2
+            node = codec.decode(Entry, result.value).node
+            assert (await guest.state()).nodes == nodes + 1
+            await kernel.ask(Forget(SHARE, kernel.unique(), 0, [node], [1]))
+            with trio.fail_after(SOON):
+                while (await guest.state()).nodes != nodes:
+                    await trio.sleep(0.005)
+
+
+async def test_lookups_are_given_back_once(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        (guest.root / "file").touch()
+        node = 0
+        for _ in range(3):
+            node = (await kernel.lookup(b"file")).node
+        forget = Forget(SHARE, kernel.unique(), 0, [node], [1])
+        for _ in range(5):
+            await kernel.ask(forget)
+        await kernel.ask(GetAttributes(SHARE, 0, node))
+        await kernel.ask(Forget(SHARE, kernel.unique(), 0, [node], [2]))
+        with pytest.raises(OSError) as gone:
+            await kernel.ask(GetAttributes(SHARE, 0, node))
+        assert gone.value.errno == errno.ESTALE
+
+
+async def test_a_new_session_hears_again_that_data_is_stale(place: Path) -> None:
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        path = guest.root / "file"
+        path.write_bytes(b"old")
+        os.utime(path, (1, 1))
+        async with guest.session():
+            entry = await kernel.lookup(b"file")
+            await kernel.finish(kernel.begin(Read(SHARE, 0, entry.node, 0, 10)))
+            await trio.sleep(0.05)  # until the times of the file have settled
+            await kernel.ask(GetAttributes(SHARE, 0, entry.node))
+            assert not (await kernel.ask(GetAttributes(SHARE, 0, entry.node))).stale
+        async with guest.session():
+            assert (await kernel.ask(GetAttributes(SHARE, 0, entry.node))).stale
+            assert not (await kernel.ask(GetAttributes(SHARE, 0, entry.node))).stale
+
+
+# --- another guest ---------------------------------------------------------------------------------
+
+
+async def test_another_boot_begins_with_nothing(place: Path) -> None:
+    async with waiting(place, host_locks=True) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"file")
+            append = Write(SHARE, kernel.unique(), entry.node, 0, append=True)
+            await kernel.ask(append, b"line\n")
+            opened = await kernel.ask(OpenForLocks(SHARE, kernel.unique(), entry.node, os.O_RDWR))
+            await kernel.ask(
+                SetLock(SHARE, kernel.unique(), entry.node, opened.handle, 0, 0, 0, 1, whole=True)
+            )
+            assert not is_free(guest.root / "file")
+        guest.kernel = kernel = Kernel("boot-2")
+        async with guest.session():
+            with pytest.raises(OSError) as gone:
+                await kernel.ask(GetAttributes(SHARE, 0, entry.node))
+            assert gone.value.errno == errno.ESTALE
+            await until(lambda: is_free(guest.root / "file"))
+            assert await kernel.lookup(b"file") == replace(entry, attr=ANY), "numbers begin anew"
+            await kernel.ask(
+                append, b"line\n"
+            )  # by its name and content the same as that of the guest before
+            assert (guest.root / "file").read_bytes() == b"line\n" * 2
+
+
+def is_free(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+async def test_locks_outlive_the_guest_agent(place: Path) -> None:
+    async with waiting(place, host_locks=True) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"file")
+            opened = await kernel.ask(OpenForLocks(SHARE, kernel.unique(), entry.node, os.O_RDWR))
+            lock = SetLock(SHARE, kernel.unique(), entry.node, opened.handle, 0, 0, 0, 1, whole=True)
+            await kernel.ask(lock)
+        assert not is_free(guest.root / "file")
+        async with guest.session():
+            unlock = SetLock(SHARE, kernel.unique(), entry.node, opened.handle, 0, 0, 0, 2, whole=True)
+            await kernel.ask(unlock)
+            assert is_free(guest.root / "file")
+
+
+# --- shares ----------------------------------------------------------------------------------------
+
+
+async def test_shares_come_and_go(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel, agent = guest.kernel, guest.scene.agent
+        other = place / "other"
+        other.mkdir()
+        (other / "there").touch()
+        second = SharedFolder(8, str(other), "/other", read_only=True)
+        await agent.serve(guest.scene.folder, second)
+        await until(lambda: len(kernel.mounted) == 2)
+        assert kernel.mounted[1].shares == [
+            MountedShare(SHARE, "/guest"),
+            MountedShare(8, "/other", read_only=True),
+        ]
+        entry = await kernel.lookup(b"there", share=8)
+        with pytest.raises(OSError) as refused:
+            await kernel.ask(Write(8, kernel.unique(), entry.node, 0), b"x")
+        assert refused.value.errno == errno.EROFS
+        await agent.serve(guest.scene.folder, second)
+        await agent.serve(second)
+        await until(lambda: len(kernel.mounted) == 3)
+        assert [share.id for share in kernel.mounted[2].shares] == [8]
+        with pytest.raises(OSError) as gone:
+            await kernel.lookup(b"there")
+        assert gone.value.errno == errno.ENODEV
+        assert (await kernel.lookup(b"there", share=8)).node == entry.node, "the other goes on as it was"
+
+
+async def test_a_folder_that_is_another_one_now_has_other_nodes(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        (place / "elsewhere").mkdir()
+        entry = await guest.create(b"file")
+        folder = SharedFolder(SHARE, str(place / "elsewhere"), "/guest")
+        await guest.scene.agent.serve(folder)
+        with pytest.raises(OSError) as gone:
+            await kernel.ask(GetAttributes(SHARE, 0, entry.node))
+        assert gone.value.errno == errno.ESTALE
+        fresh = await guest.create(b"file")
+        assert fresh.node > entry.node, "a number is never given out again while the guest runs"
+        assert (place / "elsewhere" / "file").exists()
+
+
+async def test_two_shares_with_one_id_are_refused(place: Path) -> None:
+    async with scene(place) as made:
+        with pytest.raises(RpcError) as refused:
+            await made.agent.link.request(ServeShares([made.folder, made.folder]))
+        assert refused.value.code is ErrorCode.INVALID
+
+
+async def test_a_share_that_hangs_does_not_stop_another(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        (place / "nfs").mkdir()
+        await guest.scene.agent.serve(guest.scene.folder, SharedFolder(8, str(place / "nfs"), "/nfs"))
+        gate = Gate(monkeypatch, GetAttributes, share=8)
+        stuck = [kernel.begin(GetAttributes(8, kernel.unique(), ROOT)) for _ in range(20)]
+        await until(lambda: len(gate.begun) == THREADS)
+        await guest.create(b"file")
+        assert [pending.result for pending in stuck] == [None] * 20
+        gate.open()
+        assert [(await kernel.finish(pending)).errno for pending in stuck] == [0] * 20
+
+
+async def test_a_folder_that_hangs_from_the_start_does_not_stop_another(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("host_agent.fileserver.server.FIRST_LOOK", 0.05)
+    monkeypatch.setattr(shares_module, "SILENCE", 0.05)
+    release = threading.Event()
+
+    class SlowTree(Tree):
+        def __init__(self, path: str, **options: Any) -> None:
+            if path.endswith("nfs"):
+                release.wait(SOON)
+            super().__init__(path, **options)
+
+    monkeypatch.setattr(shares_module, "Tree", SlowTree)
+    async with scene(place) as made:
+        (place / "nfs").mkdir()
+        states = await made.agent.serve(SharedFolder(8, str(place / "nfs"), "/nfs"), made.folder)
+        assert len(states.shares) == 2
+        kernel = Kernel()
+        async with kernel.session(await made.port.accept()):
+            waits = kernel.begin(GetAttributes(8, kernel.unique(), ROOT))
+            with pytest.raises(FileNotFoundError):
+                await kernel.lookup(b"nothing")
+            await until(lambda: made.agent.told[-1].shares[0].reason == "The host's disk does not answer.")
+            release.set()
+            assert (await kernel.finish(waits)).errno == 0
+
+
+async def test_a_folder_that_goes_is_told_and_one_that_comes_back(place: Path) -> None:
+    async with connected(place) as guest:
+        agent = guest.scene.agent
+        shutil.rmtree(guest.root)
+        await until(lambda: agent.told[-1].shares[0].stage is ShareStage.MISSING)
+        assert agent.told[-1].shares[0].reason
+        assert agent.told[-1].shares[0].hint
+        guest.root.mkdir()
+        (guest.root / "new").touch()
+        await until(lambda: agent.told[-1].shares[0].stage is ShareStage.SERVING)
+        await guest.kernel.lookup(b"new")
+
+
+async def test_a_full_disk_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected(place) as guest:
+        described = Tree.describe
+        monkeypatch.setattr(Tree, "describe", lambda tree: replace(described(tree), full=True))
+        await until(lambda: guest.scene.agent.told[-1].shares[0].stage is ShareStage.FULL)
+
+
+async def test_what_the_guest_could_not_mount_is_told(place: Path) -> None:
+    async with scene(place) as made:
+        kernel = Kernel()
+        kernel.report = lambda _: MountReports(
+            [MountReport(SHARE, MountStage.FAILED, "There is a file in its place.")]
+        )
+        await made.agent.serve(made.folder)
+        async with kernel.session(await made.port.accept()):
+            await until(lambda: made.agent.told and made.agent.told[-1].shares[0].guest is GuestStage.FAILED)
+            assert made.agent.told[-1].shares[0].reason == "There is a file in its place."
+
+
+@pytest.mark.parametrize(("skew", "words"), [(-90, "90.0 s behind"), (90, "90.0 s ahead of"), (0, "")])
+async def test_a_clock_that_is_off_is_told(place: Path, skew: int, words: str) -> None:
+    async with scene(place) as made:
+        kernel = Kernel()
+        kernel.report = lambda _: MountReports(
+            [MountReport(SHARE, MountStage.MOUNTED)], time.time_ns() + skew * 10**9
+        )
+        await made.agent.serve(made.folder)
+        async with kernel.session(await made.port.accept()):
+            await until(lambda: made.agent.told and made.agent.told[-1].shares[0].guest is GuestStage.MOUNTED)
+            state = made.agent.told[-1].shares[0]
+            assert state.clock_skew_ms == pytest.approx(skew * 1000, abs=500)
+            assert words in state.reason
+            assert bool(state.hint) == bool(words)
+
+
+async def test_a_flushed_file_is_closed_soon(place: Path) -> None:
+    """Who watches the file on the host waits for that."""
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"file")
+        await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), b"data")
+
+        def writers() -> list[str]:
+            links = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+            infos = [Path(f"/proc/self/fdinfo/{link.name}") for link in links if points_to(link, "root/file")]
+            return [info.name for info in infos if int(info.read_text().split()[3], 8) & os.O_ACCMODE]
+
+        assert len(writers()) == 1
+        began = trio.current_time()
+        await kernel.ask(Flushed(SHARE, kernel.unique(), entry.node))
+        await until(lambda: not writers())
+        assert trio.current_time() - began < 1.0
+
+
+def points_to(link: Path, end: str) -> bool:
+    try:
+        return os.readlink(link).endswith(end)
+    except FileNotFoundError:
+        return False
+
+
+# --- the end ---------------------------------------------------------------------------------------
+
+
+async def test_the_host_agents_end_is_the_servers(place: Path) -> None:
+    root = place / "root"
+    root.mkdir()
+    journal = Journal(place / "journal")
+    ours, theirs = control_pair()
+    async with port(place) as opened:
+        server = FileServer(
+            opened.path, trio.SocketStream(trio.socket.from_stdlib_socket(theirs)), journal, [str(place)]
+        )
+        with trio.fail_after(SOON):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.run)
+                async with host_agent(ours) as agent:
+                    await agent.serve(SharedFolder(SHARE, str(root), "/guest"))
+                    await opened.accept()
+    journal.close()

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host_agent.fileserver import linux, signatures
+from host_agent.fileserver.linux import Status
+from host_agent.fileserver.nodes import Node
+from protocol.files import (
+    ROOT,
+    SET_MODE,
+    SET_SIZE,
+    Allocate,
+    Create,
+    GetAttributes,
+    Lookup,
+    Read,
+    SetAttributes,
+    Write,
+)
+from tests.host_agent.fileserver.served import Served, serving
+
+LONG_AGO = 10**9
+
+
+@pytest.fixture
+def share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """A second later than it is: every time stamp has settled."""
+    now = time.time_ns
+    monkeypatch.setattr(signatures.time, "time_ns", lambda: now() + 10**9)
+    (tmp_path / "f").write_bytes(b"0123456789")
+    with serving(tmp_path) as share:
+        yield share
+
+
+@pytest.fixture
+def file(share: Served) -> int:
+    return share.node("f")
+
+
+def stale(share: Served, node: int) -> bool:
+    """As both questions answer it: the second time is always no."""
+    said: bool = share.ask(GetAttributes, node).stale
+    assert not share.ask(GetAttributes, node).stale
+    assert not share.ask(Lookup, ROOT, b"f").stale
+    return said
+
+
+def host_writes(share: Served, content: bytes = b"abcdefghij") -> None:
+    time.sleep(0.01)  # a tick: the kernel's time stamps are no finer
+    with open(share.path / "f", "r+b") as file:
+        file.write(content)
+
+
+def test_a_guest_that_has_nothing_need_not_drop_it(share: Served, file: int) -> None:
+    host_writes(share)
+    assert not stale(share, file)
+
+
+def test_a_change_on_the_host_is_reported_once(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    assert not stale(share, file)
+    host_writes(share)
+    assert stale(share, file)
+    assert not stale(share, file)
+
+
+def test_a_change_is_reported_by_a_lookup_by_any_name(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    os.link(share.path / "f", share.path / "g")
+    share.ask(Lookup, ROOT, b"g")
+    share.bytes(Read, file, 0, 5)
+    host_writes(share)
+    assert share.ask(Lookup, ROOT, b"g").stale
+
+
+def test_a_read_after_the_change_does_not_hide_it(share: Served, file: int) -> None:
+    """The guest may still have other pages of before."""
+    share.bytes(Read, file, 0, 5)
+    host_writes(share)
+    share.bytes(Read, file, 5, 5)
+    assert stale(share, file)
+
+
+def test_content_of_the_same_size_with_its_old_time(share: Served, file: int) -> None:
+    os.utime(share.path / "f", ns=(LONG_AGO, LONG_AGO))
+    share.bytes(Read, file, 0, 5)
+    host_writes(share)
+    os.utime(share.path / "f", ns=(LONG_AGO, LONG_AGO))
+    assert stale(share, file)
+
+
+def test_a_truncation_on_the_host(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    os.truncate(share.path / "f", 3)
+    assert stale(share, file)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_a_write_reports_what_was_written_before_it(share: Served, file: int, append: bool) -> None:
+    share.bytes(Read, file, 0, 5)
+    host_writes(share)
+    assert share.ask(Write, file, 2, append, payload=b"x").stale
+
+
+def test_a_stream_of_writes_causes_one_alarm_afterwards(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    for offset in range(20):
+        assert not share.ask(Write, file, offset, payload=b"x").stale
+    assert stale(share, file)
+    assert not stale(share, file)
+
+
+def test_between_writes_of_the_guest(share: Served, file: int) -> None:
+    share.ask(Write, file, 0, payload=b"x")
+    host_writes(share)
+    assert share.ask(Write, file, 1, payload=b"x").stale
+
+
+def test_changed_attributes_report_what_was_written_before(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    host_writes(share)
+    assert share.ask(SetAttributes, file, SET_MODE, mode=0o600).stale
+    share.bytes(Read, file, 0, 5)
+    assert not share.ask(SetAttributes, file, SET_SIZE, size=5).stale
+    host_writes(share)
+    assert share.ask(Allocate, file, 0, 0, 100).stale
+
+
+def test_a_created_file_is_the_guest_s_own(share: Served) -> None:
+    assert not share.ask(Create, ROOT, b"new", 0o644, os.O_RDWR).stale
+
+
+def test_a_lost_reply_makes_everything_suspect(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    share.tree.suspect_all()
+    assert stale(share, file)
+    assert not share.ask(GetAttributes, ROOT).stale
+
+
+def test_what_an_earlier_process_gave_is_suspect(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    share.restart()
+    assert stale(share, file)
+
+
+# --- the clock ------------------------------------------------------------------------------------------
+
+
+def status(mtime_ns: int, ctime_ns: int = LONG_AGO) -> Status:
+    found = linux.fstatx(0)
+    (mtime, mtime_nsec), (ctime, ctime_nsec) = divmod(mtime_ns, 10**9), divmod(ctime_ns, 10**9)
+    return found._replace(
+        mode=0o100644, mtime=mtime, mtime_nsec=mtime_nsec, ctime=ctime, ctime_nsec=ctime_nsec, size=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("mtime_ns", "ctime_ns", "unsettled"),
+    [
+        (5 * 10**9, 5 * 10**9, True),
+        (5 * 10**9 - 19_000_000, LONG_AGO, True),
+        (5 * 10**9 + 19_000_000, LONG_AGO, True),
+        (LONG_AGO, 5 * 10**9 - 19_000_000, True),
+        (5 * 10**9 - 21_000_000, 5 * 10**9 - 21_000_000, False),
+        (50 * 10**9, LONG_AGO, False),
+    ],
+)
+def test_time_stamps_of_just_now_may_hide_another_change(
+    mtime_ns: int, ctime_ns: int, unsettled: bool
+) -> None:
+    assert signatures.is_unsettled(status(mtime_ns, ctime_ns), 5 * 10**9) == unsettled
+
+
+def test_data_given_just_after_a_change_is_doubted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, now = Node(2, (1, 1, 1), 0o100000, False), 5 * 10**9
+    monkeypatch.setattr(signatures.time, "time_ns", lambda: now)
+    signatures.giving(node, status(now))
+    assert signatures.is_stale(node, status(now))
+    assert not signatures.is_stale(node, status(now))
+    now += 10**9
+    signatures.giving(node, status(now - 10**9))
+    assert not signatures.is_stale(node, status(now - 10**9))

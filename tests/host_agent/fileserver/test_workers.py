@@ -1,0 +1,111 @@
+"""Threads that hang, threads that are not needed, and results that come together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import trio
+
+from host_agent.fileserver.workers import Completions, Workers
+
+#: Seconds for what takes milliseconds.
+SOON = 10.0
+
+
+def ended(workers: Workers) -> list[str]:
+    """Close, and wait for the last word."""
+    words: list[str] = []
+    workers.close(lambda: words.append("last"))
+    assert workers.wait_closed(SOON)
+    return words
+
+
+def test_a_share_that_hangs_takes_its_own_threads_only() -> None:
+    hung, other = Workers("hung", 3), Workers("other", 3)
+    release, begun = threading.Event(), threading.Semaphore(0)
+
+    def hang() -> None:
+        begun.release()
+        release.wait(SOON)
+
+    for _ in range(10):
+        hung.submit(hang)
+    for _ in range(3):
+        assert begun.acquire(timeout=SOON)
+    assert not begun.acquire(blocking=False), "as many as there are threads, and no more"
+    answer: SimpleQueue[int] = SimpleQueue()
+    other.submit(lambda: answer.put(1))
+    assert answer.get(timeout=SOON) == 1
+    release.set()
+    assert ended(hung) == ended(other) == ["last"]
+    for _ in range(7):
+        assert begun.acquire(blocking=False), "and all were done in the end"
+
+
+def test_threads_are_started_when_there_is_work_for_them() -> None:
+    workers = Workers("lazy", 6)
+    idents: SimpleQueue[int] = SimpleQueue()
+    seen = set()
+    for _ in range(50):
+        workers.submit(lambda: idents.put(threading.get_ident()))
+        seen.add(idents.get(timeout=SOON))
+    assert len(seen) <= 2, "one after another needs one thread; two if it has not yet said that it is free"
+    assert ended(workers) == ["last"]
+
+
+def test_a_thread_survives_what_it_runs() -> None:
+    workers = Workers("robust", 1)
+    answer: SimpleQueue[int] = SimpleQueue()
+
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    workers.submit(fail)
+    workers.submit(lambda: answer.put(1))
+    assert answer.get(timeout=SOON) == 1
+    assert ended(workers) == ["last"]
+
+
+def test_workers_that_never_worked_end_as_well() -> None:
+    assert ended(Workers("idle")) == ["last"]
+
+
+async def test_results_come_to_trio_together() -> None:
+    batches: list[list[int]] = []
+    here = threading.get_ident()
+    threads: set[int] = set()
+
+    def handle(items: list[int]) -> None:
+        threads.add(threading.get_ident())
+        batches.append(items)
+
+    completions = Completions(handle)
+    for number in range(100):
+        completions.put(number)
+    assert batches == []
+    await until(lambda: batches)
+    assert batches == [list(range(100))]
+    assert threads == {here}
+
+
+async def test_no_result_is_left_behind() -> None:
+    """Four threads put as fast as they can while trio takes."""
+    taken: list[int] = []
+    completions: Completions[int] = Completions(taken.extend)
+
+    def put() -> None:
+        for number in range(2000):
+            completions.put(number)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(trio.to_thread.run_sync, put)
+    await until(lambda: len(taken) == 8000)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with trio.fail_after(SOON):
+        while not condition():
+            await trio.sleep(0.001)
