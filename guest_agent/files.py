@@ -1,0 +1,180 @@
+"""``python3 -m guest_agent.files``: the agent of the files plane, which serves the host's folders to the guest.
+
+A process of its own beside the guest agent, so that no port, stream or command ever stands in the way of a
+file. Imports little: each second of a boot in an emulated guest is one that somebody waits.
+
+The law: no host, present, absent or of another version, and no single share ends this process; and its end,
+if it is not an orderly one, ends no mount (``fdstore``). Sessions come and go; mounts and what waits on them stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from guest_agent import fdstore
+from guest_agent.fuse.host import Host
+from guest_agent.fuse.mounts import Mounts
+from guest_agent.fuse.notifier import Notifiers
+from guest_agent.transports import StandIn, open_port
+from protocol.build import digest
+from protocol.errors import LinkError
+from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, NamesGone
+from protocol.link import Hello, Link, Role, SerialChannel, Service
+
+log = logging.getLogger(__name__)
+
+FILES_PORT: Final = Path("/dev/virtio-ports/org.agentctl.files")
+
+MAX_BACKLOG: Final = 256 << 20
+"""Bytes waiting to be written at which the host is at fault: four times what is ever asked at once."""
+
+PAUSE: Final = 0.5
+"""Seconds before a transport that broke is opened again, and after a session that never came to be."""
+
+READY_AFTER: Final = 60.0
+"""Seconds without a host after which the boot goes on all the same: what needs the shares fails by name."""
+
+USAGE: Final = """usage: python3 -m guest_agent.files [PORT | --connect-unix PATH]
+
+  PORT                 a virtio-serial port (default: /dev/virtio-ports/org.agentctl.files)
+  --connect-unix PATH  a unix socket that stands in for the port
+
+AGENTCTL_LOG=debug logs more."""
+
+OpenTransport = Callable[[], Awaitable[trio.abc.Stream]]
+
+
+class FilesAgent:
+    """The mounts, and the sessions that serve them one after the other."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._host = Host()
+        self._notifiers = Notifiers()
+        self._mounts = Mounts(self._host, self._notifiers, nursery)
+        self._arranged = trio.Event()
+        self._hello = make_hello()
+        nursery.start_soon(self._notifiers.run)
+        nursery.start_soon(self._host.keep_patience)
+        self._mounts.adopt(fdstore.take())
+
+    async def serve(self, open_transport: OpenTransport) -> None:
+        """Sessions for ever, over a transport that is opened again whenever it breaks."""
+        while True:
+            try:
+                async with await open_transport() as transport:
+                    channel = SerialChannel(transport)
+                    while True:
+                        if not await self._session(await channel.establish()):
+                            await trio.sleep(PAUSE)
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, LinkError) as error:
+                log.warning("transport.lost error=%r", error)
+            await trio.sleep(PAUSE)
+
+    async def tell_ready(self) -> None:
+        """Let the boot go on: once the shares are there, or it is clear that they will not be soon."""
+        with trio.move_on_after(READY_AFTER) as waiting:
+            await self._arranged.wait()
+        if waiting.cancelled_caught:
+            log.warning("ready.without_host seconds=%g", READY_AFTER)
+        fdstore.notify("READY=1")
+
+    async def stop(self) -> None:
+        """Take all mounts off, in good order; nothing waits for the host any more."""
+        fdstore.notify("STOPPING=1")
+        self._host.give_up()
+        await self._mounts.unmount_all()
+
+    async def _session(self, stream: trio.abc.Stream) -> bool:
+        """One session, to its end; False if there were not even greetings."""
+        service = Service()
+        link = Link(
+            stream,
+            Role.GUEST,
+            service,
+            self._hello,
+            max_payload=MAX_FILES_PAYLOAD,
+            max_backlog=MAX_BACKLOG,
+        )
+        service.on_request(MountShares, partial(self._mount_shares, link))
+        service.on_notice(NamesGone, self._mounts.drop_names)
+        greeted = False
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(link.run)
+                greeted = True
+                log.info("session.begin peer=%s digest=%s", link.peer.name, link.peer.digest)
+        except* LinkError as errors:
+            log.info("session.end reason=%s", errors.exceptions[0])
+        except* Exception as errors:
+            log.error("session.failed", exc_info=errors)
+        finally:
+            self._host.detach(link)
+        return greeted
+
+    async def _mount_shares(self, link: Link, request: MountShares) -> MountReports:
+        # From here on calls may be sent, and must: a mount inside of a share is looked up in that one.
+        self._host.attach(link)
+        reports = await self._mounts.arrange(request.shares)
+        self._arranged.set()
+        return MountReports(reports, time.time_ns())
+
+
+def make_hello() -> Hello:
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return Hello(digest=digest(), boot_id=boot_id, capabilities=["files"], name="guest-files")
+
+
+async def run(open_transport: OpenTransport) -> None:
+    """The agent, until a signal ends it."""
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            agent = FilesAgent(nursery)
+            async with trio.open_nursery() as sessions:
+                sessions.start_soon(agent.serve, open_transport)
+                sessions.start_soon(agent.tell_ready)
+                log.info("agent.stop signal=%s", signal.Signals(await anext(aiter(received))).name)
+                sessions.cancel_scope.cancel()
+            await agent.stop()
+        nursery.cancel_scope.cancel()
+
+
+def transport_of(arguments: list[str]) -> OpenTransport:
+    """The transport that the command line asks for. Raises ``ValueError``."""
+
+    async def connect(path: str) -> trio.abc.Stream:
+        return StandIn(await trio.open_unix_socket(path))
+
+    match arguments:
+        case []:
+            return partial(open_port, FILES_PORT)
+        case ["--connect-unix", path]:
+            return partial(connect, path)
+        case [path] if not path.startswith("-"):
+            return partial(open_port, Path(path))
+    raise ValueError(USAGE)
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        open_transport = transport_of(arguments)
+    except ValueError as usage:
+        print(usage, file=sys.stderr)
+        return 2
+    level = logging.DEBUG if os.environ.get("AGENTCTL_LOG") == "debug" else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    trio.run(run, open_transport)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

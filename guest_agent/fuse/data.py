@@ -1,0 +1,111 @@
+"""Operations on the data of files, and their being open."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from guest_agent.fuse import abi
+from guest_agent.fuse.abi import Request
+from guest_agent.fuse.volume import Volume
+from protocol.files import (
+    Allocate,
+    CopyRange,
+    Flushed,
+    OpenForLocks,
+    Read,
+    Release,
+    ReleaseOwner,
+    Seek,
+    Write,
+)
+
+
+async def open_(volume: Volume, request: Request) -> bytes:
+    """ENOSYS, once: from then on the kernel opens without asking, and keeps what it has cached. Where locks
+    are the host's they need an open file there."""
+    if not volume.host_locks:
+        raise OSError(errno.ENOSYS, "")
+    flags = abi.parse_open(request.body)[0] & os.O_ACCMODE
+    unique = request.unique ^ volume.salt
+    opened = await volume.host.ask(OpenForLocks(volume.share, unique, request.nodeid, flags))
+    return abi.open_out(opened.handle, abi.FOPEN_KEEP_CACHE)
+
+
+async def read(volume: Volume, request: Request) -> bytes:
+    _fh, offset, size, *_ = abi.parse_read(request.body)
+    ask = volume.host.ask(Read(volume.share, request.unique ^ volume.salt, request.nodeid, offset, size))
+    await ask
+    return ask.received
+
+
+async def write(volume: Volume, request: Request) -> bytes:
+    _fh, offset, _size, write_flags, _owner, flags, view = abi.parse_write(request.body)
+    data = bytes(view)  # the buffer is read into again; this is the only copy of our own
+    node = request.nodeid
+    volume.written.add(node)
+    # The kernel chose the offset of an append by what it knows of the size. Dirty pages of a mapping
+    # (WRITE_CACHE) are where they are, however the file was opened.
+    append = bool(flags & os.O_APPEND) and not write_flags & abi.WRITE_CACHE
+    kill = bool(write_flags & abi.WRITE_KILL_SUIDGID)
+    unique = request.unique ^ volume.salt
+    written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
+    if written.offset != offset:
+        await volume.drop_for_append(node)
+    elif written.stale:
+        volume.drop_soon(node)
+    return abi.write_out(written.size)
+
+
+async def fallocate(volume: Volume, request: Request) -> bytes:
+    _fh, offset, length, mode = abi.parse_fallocate(request.body)
+    node = request.nodeid
+    volume.written.add(node)
+    unique = request.unique ^ volume.salt
+    attributes = await volume.host.ask(Allocate(volume.share, unique, node, mode, offset, length))
+    if attributes.stale:
+        await volume.drop(node)
+    return b""
+
+
+async def lseek(volume: Volume, request: Request) -> bytes:
+    _fh, offset, whence = abi.parse_lseek(request.body)
+    unique = request.unique ^ volume.salt
+    position = await volume.host.ask(Seek(volume.share, unique, request.nodeid, offset, whence))
+    return abi.lseek_out(position.offset)
+
+
+async def copy_file_range(volume: Volume, request: Request) -> bytes:
+    _fh, offset, to_node, _to_fh, to_offset, length, flags = abi.parse_copy_file_range(request.body)
+    if flags:
+        raise OSError(errno.EINVAL, "")
+    volume.written.add(to_node)
+    unique = request.unique ^ volume.salt
+    call = CopyRange(volume.share, unique, request.nodeid, offset, to_node, to_offset, length)
+    written = await volume.host.ask(call)
+    if written.stale:
+        await volume.drop(to_node)
+    return abi.write_out(written.size)
+
+
+async def flush(volume: Volume, request: Request) -> bytes:
+    """At each close(2)."""
+    node = request.nodeid
+    if node in volume.written:
+        volume.written.discard(node)
+        volume.host.tell(Flushed(volume.share, 0, node))
+    if volume.host_locks:
+        handle, owner = abi.parse_flush(request.body)
+        unique = request.unique ^ volume.salt
+        call = ReleaseOwner(volume.share, unique, node, handle, owner)
+        await volume.host.ask(call, lasting=True)
+    return b""
+
+
+def release(volume: Volume, request: Request) -> bytes:
+    """The kernel waits for no answer. Handle 0: of CREATE, or before it knew that OPEN is not needed."""
+    handle, _flags, _release_flags, owner = abi.parse_release(request.body)
+    if handle:
+        unique = request.unique ^ volume.salt
+        volume.host.tell(Release(volume.share, unique, request.nodeid, handle, owner))
+    return b""

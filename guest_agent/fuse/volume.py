@@ -1,0 +1,163 @@
+"""One mounted share, as the operations on it see it.
+
+The guest keeps nothing of nodes: a node's number goes from the kernel to the host and back as it is. What
+is kept here is what only this side can know.
+
+The law of stale data: when the host says that a file's data is not what this guest was last given, the
+kernel's copy is dropped *before* the answer that said so, for whoever asked (open(2), stat(2)) goes by it.
+With two exceptions, where the kernel holds what dropping waits for until it has the answer: WRITE (it may
+hold a page: fuse_fill_write_pages) and a SETATTR of the size (no dirty page can be written meanwhile:
+fuse_do_setattr, FUSE_NOWRITE). These are answered first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, Protocol
+
+from guest_agent.fuse import abi
+from guest_agent.fuse.forgetting import Forgets, fresh_uniques
+from guest_agent.fuse.host import Host
+from guest_agent.fuse.listing import Listings
+from guest_agent.fuse.notifier import NotifierFull
+from guest_agent.fuse.operation import Pause, Resume, Timers, Wait
+from protocol.files import Entry, FileCall
+
+log = logging.getLogger(__name__)
+
+SALT_SHIFT: Final = 40
+SALT_BITS: Final = 22
+"""A connection numbers its requests from the start, and the host must not take those of a mount for those of
+the one before: so its number is mixed with these random bits of the mount's. 2^40 requests take 4 months at
+100,000 a second; the result is below 2^62."""
+
+RETRY: Final = 0.05
+"""Seconds until a notifier that was full is asked again."""
+
+APPEND_PATIENCE: Final = 0.02
+"""Seconds that an append which went elsewhere waits for its page to be dropped. Either that takes far less, or
+the kernel holds the page until the answer, and nobody sees it meanwhile."""
+
+
+class Dropper(Protocol):
+    """Of ``notifier.Notifier``, what is needed here."""
+
+    def invalidate_data(self, node: int, then: Callable[[], None]) -> None: ...
+
+    def invalidate_entry(self, parent: int, name: bytes, then: Callable[[], None]) -> None: ...
+
+
+class Volume:
+    """``salt``: of this mount, as ``SALT_SHIFT`` says; a successor that takes the mount over needs it."""
+
+    def __init__(
+        self,
+        share: int,
+        host: Host,
+        notifier: Dropper,
+        timers: Timers,
+        *,
+        salt: int,
+        host_locks: bool = False,
+    ) -> None:
+        self.share = share
+        self.host = host
+        self.host_locks = host_locks
+        self.timers = timers
+        self.uniques = fresh_uniques()
+        self.forgets = Forgets(host, share, timers, self.uniques)
+        self.listings = Listings(host, share, next(fresh_uniques()))
+        self.written: set[int] = set()
+        """Nodes that may be open for writing on the host: it is told when they are closed here."""
+        self.locking: dict[int, Pause | None] = {}
+        """Requests that wait for a lock, by unique; None once they have been interrupted."""
+        self.salt = salt << SALT_SHIFT
+        self._notifier = notifier
+
+    def drop(self, node: int) -> _Drop:
+        """Await it to have the kernel's copy of a file's data dropped."""
+        return _Drop(self._drop, node)
+
+    def drop_soon(self, node: int) -> None:
+        """The same after the answer: it is given before the notifier can have begun, or is not waited for."""
+        self._drop(node, _nothing)
+
+    def drop_name(self, parent: int, name: bytes) -> None:
+        """Have the kernel forget a name, in its own time: only memory depends on it."""
+        with suppress(NotifierFull):
+            self._notifier.invalidate_entry(parent, name, _nothing)
+
+    async def drop_for_append(self, node: int) -> None:
+        """The same as far as it is possible before the answer to a WRITE."""
+        await _Within(self.drop(node), APPEND_PATIENCE, self.timers)
+
+    async def entry(self, call: FileCall[Entry]) -> Entry:
+        """A node that the host names."""
+        entry = await self.host.ask(call)
+        if entry.stale:
+            await self.drop(entry.node)
+        return entry
+
+    async def entry_out(self, call: FileCall[Entry]) -> bytes:
+        entry = await self.host.ask(call)
+        if entry.stale:
+            await self.drop(entry.node)
+        return abi.entry_out(entry.node, entry.attr)
+
+    def interrupt(self, unique: int) -> None:
+        """The caller of a request has had a signal."""
+        if (pause := self.locking.get(unique)) is not None:
+            self.locking[unique] = None
+            pause.interrupt()
+        self.host.interrupt(self.share, unique ^ self.salt)
+
+    def _drop(self, node: int, then: Callable[[], None]) -> None:
+        try:
+            self._notifier.invalidate_data(node, then)
+        except NotifierFull:
+            self.timers.after(RETRY, partial(self._drop, node, then))
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Drop:
+    __slots__ = ("_begin", "_node")
+
+    def __init__(self, begin: Callable[[int, Callable[[], None]], None], node: int) -> None:
+        self._begin = begin
+        self._node = node
+
+    def __await__(self) -> Generator[Wait, Any, None]:
+        yield self
+
+    def begin(self, resume: Resume) -> None:
+        self._begin(self._node, partial(resume, None))
+
+
+class _Within:
+    """Another wait, or so many seconds of it."""
+
+    def __init__(self, wait: Wait, seconds: float, timers: Timers) -> None:
+        self._wait = wait
+        self._seconds = seconds
+        self._timers = timers
+        self._resume: Resume | None = None
+
+    def __await__(self) -> Generator[Wait, Any, None]:
+        yield self
+
+    def begin(self, resume: Resume) -> None:
+        self._resume = resume
+        self._wait.begin(self._end)
+        if self._resume is not None:
+            self._timers.after(self._seconds, self._end)
+
+    def _end(self, _: object = None) -> None:
+        if (resume := self._resume) is not None:
+            self._resume = None
+            resume(None)

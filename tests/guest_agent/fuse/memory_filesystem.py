@@ -1,0 +1,323 @@
+"""A file system in memory, served by the code under test. A script; it takes orders on stdin, one a line.
+
+    python memory_filesystem.py serve [--hold] SHARE:PATH[:ro][:locks]...
+    python memory_filesystem.py adopt
+
+Every share shows the same tree. With --hold, what concerns names that begin with ``held`` is answered only
+after the order ``release``. Each answer to an order, and each event, is a line of JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from guest_agent import fdstore
+from guest_agent.fuse import abi, mounting
+from guest_agent.fuse.abi import Negotiated, Opcode, Request
+from guest_agent.fuse.device import Connection
+from guest_agent.fuse.mounting import MountSpec
+from guest_agent.fuse.notifier import Notifier, Notifiers
+from protocol.files import ATTR, DIRENT, SET_MODE, SET_SIZE
+
+HELLO, HELD, BIG, BROKEN, NEVER = 2, 3, 4, 5, 6
+BIG_SIZE = 3 << 20
+
+
+@dataclass
+class Node:
+    mode: int
+    data: bytearray = field(default_factory=bytearray)
+    children: dict[bytes, int] = field(default_factory=dict)
+
+
+def tree() -> dict[int, Node]:
+    names = {b"hello": HELLO, b"held": HELD, b"big": BIG, b"broken": BROKEN}
+    return {
+        1: Node(stat.S_IFDIR | 0o755, children=names),
+        HELLO: Node(stat.S_IFREG | 0o644, bytearray(b"hello\n")),
+        HELD: Node(stat.S_IFREG | 0o644, bytearray(b"late\n")),
+        BIG: Node(stat.S_IFREG | 0o644, bytearray(os.urandom(1024) * (BIG_SIZE // 1024))),
+        BROKEN: Node(stat.S_IFREG | 0o644, bytearray(b"never read\n")),
+    }
+
+
+def say(**event: object) -> None:
+    print(json.dumps(event), flush=True)
+
+
+class MemoryFilesystem:
+    """One share."""
+
+    def __init__(self, connection: Connection, hold: bool) -> None:
+        self.connection = connection
+        self.nodes = tree()
+        self.counts: Counter[str] = Counter()
+        self.largest: Counter[str] = Counter()
+        self.resent: list[str] = []
+        self.held: list[Callable[[], None]] = []
+        self.hold = hold
+        self._operations: dict[int, Callable[[Request], None]] = {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.SETATTR: self._setattr,
+            Opcode.OPENDIR: lambda request: self.connection.reply(request.unique, abi.open_out(7)),
+            Opcode.READDIR: self._readdir,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.CREATE: self._create,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._unlink,
+            Opcode.FSYNC: lambda request: self.connection.reply(request.unique),
+            Opcode.RELEASE: lambda request: self.connection.reply(request.unique),
+            Opcode.RELEASEDIR: lambda request: self.connection.reply(request.unique),
+            Opcode.STATFS: lambda request: self.connection.reply(
+                request.unique, abi.statfs_out(1000, 500, 400, 100, 50, 4096, 255, 4096)
+            ),
+            Opcode.SETLK: lambda request: self.connection.fail(request.unique, errno.EAGAIN),
+        }
+
+    def handle(self, request: Request) -> None:
+        name = Opcode(request.opcode).name
+        self.counts[name] += 1
+        if request.resent:
+            self.resent.append(name)
+        if request.opcode in abi.NO_REPLY:
+            if request.opcode == Opcode.INTERRUPT:
+                say(interrupted=abi.parse_interrupt(request.body))
+            return None
+        operation = self._operations.get(request.opcode)
+        if operation is None:
+            return self.connection.fail(request.unique, errno.ENOSYS)
+        return operation(request)
+
+    def _maybe_held(self, answer: Callable[[], None], what: str) -> None:
+        if self.hold:
+            self.held.append(answer)
+            say(held=what)
+        else:
+            answer()
+
+    def attr(self, number: int) -> bytes:
+        node = self.nodes[number]
+        now = int(time.time())
+        size = len(node.data)
+        links = 2 if stat.S_ISDIR(node.mode) else 1
+        return ATTR.pack(
+            number, size, (size + 511) // 512, now, now, now, 0, 0, 0, node.mode, links, 0, 0, 0, 4096, 0
+        )
+
+    def _entry(self, request: Request, number: int) -> None:
+        self.connection.reply(request.unique, abi.entry_out(number, self.attr(number)))
+
+    def _lookup(self, request: Request) -> None:
+        number = self.nodes[request.nodeid].children.get(abi.parse_name(request.body))
+        if number is None:
+            return self.connection.fail(request.unique, errno.ENOENT)
+        return self._entry(request, number)
+
+    def _getattr(self, request: Request) -> None:
+        self.connection.reply(request.unique, abi.attr_out(self.attr(request.nodeid)))
+
+    def _setattr(self, request: Request) -> None:
+        valid, _, size, _, _, _, _, mode, _, _ = abi.parse_setattr(request.body)
+        node = self.nodes[request.nodeid]
+        if valid & SET_SIZE:
+            del node.data[size:]
+            node.data.extend(bytes(size - len(node.data)))
+        if valid & SET_MODE:
+            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(mode)
+        self._getattr(request)
+
+    def _readdir(self, request: Request) -> None:
+        _, offset, size, _, _, _ = abi.parse_read(request.body)
+        out = b""
+        names = sorted(self.nodes[request.nodeid].children.items())
+        for place, (name, number) in enumerate(names[offset:], offset + 1):
+            record = DIRENT.pack(number, place, len(name), self.nodes[number].mode >> 12) + name
+            record += bytes(-len(record) % 8)
+            if len(out) + len(record) > size:
+                break
+            out += record
+        self.connection.reply(request.unique, out)
+
+    def _read(self, request: Request) -> None:
+        _, offset, size, _, _, _ = abi.parse_read(request.body)
+        self.largest["READ"] = max(self.largest["READ"], size)
+        data = bytes(self.nodes[request.nodeid].data[offset : offset + size])
+        if request.nodeid == BROKEN:
+            raise RuntimeError("a bug in the handler")
+        answer = partial(self.connection.reply, request.unique, data)
+        if request.nodeid == HELD:
+            return self._maybe_held(answer, "READ")
+        return answer()
+
+    def _write(self, request: Request) -> None:
+        _, offset, size, _, _, _, data = abi.parse_write(request.body)
+        self.largest["WRITE"] = max(self.largest["WRITE"], size)
+        node = self.nodes[request.nodeid]
+        node.data.extend(bytes(max(0, offset - len(node.data))))
+        node.data[offset : offset + size] = data
+        self.connection.reply(request.unique, abi.write_out(size))
+
+    def _add(self, parent: int, name: bytes, mode: int) -> int:
+        number = self.nodes[parent].children.setdefault(name, max(self.nodes) + 1)
+        self.nodes.setdefault(number, Node(mode))
+        return number
+
+    def _create(self, request: Request) -> None:
+        _, mode, _, _, name = abi.parse_create(request.body)
+        number = self._add(request.nodeid, name, mode)
+        self.connection.reply(request.unique, abi.create_out(number, self.attr(number), 0))
+
+    def _mkdir(self, request: Request) -> None:
+        mode, _, name = abi.parse_mkdir(request.body)
+
+        def answer() -> None:
+            self._entry(request, self._add(request.nodeid, name, stat.S_IFDIR | mode))
+
+        if name.startswith(b"held"):
+            return self._maybe_held(answer, "MKDIR")
+        return answer()
+
+    def _unlink(self, request: Request) -> None:
+        if self.nodes[request.nodeid].children.pop(abi.parse_name(request.body), None) is None:
+            return self.connection.fail(request.unique, errno.ENOENT)
+        return self.connection.reply(request.unique)
+
+
+class Server:
+    """All shares of the process, and the orders it takes."""
+
+    def __init__(self, nursery: trio.Nursery, notifiers: Notifiers, hold: bool) -> None:
+        self._nursery = nursery
+        self._notifiers = notifiers
+        self._hold = hold
+        self._shares: dict[int, tuple[MemoryFilesystem, Notifier]] = {}
+
+    async def mount(self, spec: MountSpec) -> None:
+        connection = await trio.to_thread.run_sync(Connection.mount, spec)
+        self._begin(connection)
+        await connection.initialized.wait()
+        fdstore.store(connection.fd, connection.stored_as().name())
+        say(mounted=spec.path, device=connection.device)
+
+    def adopt(self, stored: fdstore.StoredDescriptor) -> None:
+        record = fdstore.StoredConnection.parse(stored.name)
+        assert record is not None
+        path = next(
+            m.path for m in mounting.mounted_shares(mounting.read_mounts()) if m.device == record.device
+        )
+        spec = MountSpec(record.share, path, host_locks=record.host_locks)
+        negotiated = Negotiated(record.minor, record.flags)
+        connection = Connection.adopt(stored.fd, spec, negotiated, record.device)
+        self._begin(connection)
+        say(adopted=record.share, minor=record.minor, resend=connection.resend())
+
+    def _begin(self, connection: Connection) -> None:
+        share = connection.spec.share
+        self._shares[share] = MemoryFilesystem(connection, self._hold), self._notifiers.attach(connection)
+        self._nursery.start_soon(self._serve, share)
+
+    async def _serve(self, share: int) -> None:
+        filesystem, notifier = self._shares[share]
+        await filesystem.connection.serve(filesystem.handle)
+        del self._shares[share]
+        self._notifiers.detach(notifier)
+        filesystem.connection.close()
+        fdstore.remove(filesystem.connection.stored_as().name())
+        say(ended=share)
+
+    async def obey(self) -> None:
+        stdin = trio.lowlevel.FdStream(os.dup(0))
+        pending = b""
+        while data := await stdin.receive_some():
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                order, *words = line.decode().split(" ")
+                await getattr(self, "do_" + order)(*words)
+
+    async def do_mount(self, share: str, path: str) -> None:
+        self._nursery.start_soon(self.mount, MountSpec(int(share), path))
+
+    async def do_unmount(self, share: str) -> None:
+        connection = self._shares[int(share)][0].connection
+        await trio.to_thread.run_sync(connection.unmount)
+
+    async def do_abort(self, share: str) -> None:
+        connection = self._shares[int(share)][0].connection
+        await trio.to_thread.run_sync(connection.abort)
+
+    async def do_state(self, share: str) -> None:
+        filesystem, _ = self._shares[int(share)]
+        negotiated = filesystem.connection.negotiated
+        assert negotiated is not None
+        say(
+            counts=filesystem.counts,
+            largest=filesystem.largest,
+            resent=filesystem.resent,
+            negotiated=[negotiated.minor, negotiated.flags],
+        )
+
+    async def do_leaks(self) -> None:
+        names = []
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                names.append(os.readlink(f"/proc/self/fd/{fd}"))
+            except FileNotFoundError:
+                continue  # the one that listed them
+        say(devices=names.count("/dev/fuse"), fds=len(names), threads=threading.active_count())
+
+    async def do_set(self, share: str, node: str, text: str) -> None:
+        self._shares[int(share)][0].nodes[int(node)].data[:] = text.encode() + b"\n"
+        say(set=text)
+
+    async def do_invalidate(self, share: str, node: str) -> None:
+        self._shares[int(share)][1].invalidate_data(int(node), lambda: say(invalidated=int(node)))
+
+    async def do_release(self, share: str) -> None:
+        filesystem = self._shares[int(share)][0]
+        # A READ whose page was dropped before its caller saw it is sent again by the kernel.
+        filesystem.hold = False
+        while filesystem.held:
+            filesystem.held.pop(0)()
+        say(released=True)
+
+
+def spec_of(argument: str) -> MountSpec:
+    share, path, *options = argument.split(":")
+    return MountSpec(int(share), path, read_only="ro" in options, host_locks="locks" in options)
+
+
+async def main(arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    async with trio.open_nursery() as nursery:
+        notifiers = Notifiers()
+        await nursery.start(notifiers.run)
+        server = Server(nursery, notifiers, hold="--hold" in arguments)
+        if arguments[0] == "adopt":
+            for stored in fdstore.take():
+                server.adopt(stored)
+        else:
+            for spec in mounting.outermost_first(map(spec_of, (a for a in arguments[1:] if ":" in a))):
+                await server.mount(spec)
+        say(ready=True)
+        await server.obey()
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main, sys.argv[1:])
