@@ -166,10 +166,15 @@ def _identity(account: Account) -> dict[str, Any]:
 
 async def spawn(target: Exec, account: Account) -> Child:
     """Start the process of ``target``. Raises ``CannotExecute``."""
-    cwd = working_directory(account, target)
     env = environment(account, target)
     argv = target.argv or [account.shell, "-l"]
-    program = find_program(argv[0], env["PATH"], cwd)
+
+    def find() -> tuple[str, str]:
+        cwd = working_directory(account, target)
+        return cwd, find_program(argv[0], env["PATH"], cwd)
+
+    # In a thread: either may be on a mount whose host does not answer just now, and the agent's others shall not wait.
+    cwd, program = await trio.to_thread.run_sync(find, abandon_on_cancel=True)
     options = {"cwd": cwd, "env": env, **_identity(account)}
     start = _on_pipes if target.tty is None else _on_terminal
     try:

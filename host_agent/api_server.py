@@ -11,27 +11,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
 
 from host_agent.client import hello
+from host_agent.errors import UserError
 from host_agent.events import EventLog
 from host_agent.forwarders import Dial, listen_unix
 from host_agent.groups import collapsed
 from protocol import codec
 from protocol.api import (
+    AddMounts,
     Done,
     Event,
     Exec,
     Forward,
     Forwards,
     GetForwards,
+    GetMounts,
     GetStatus,
     GuestInfo,
     InstanceStatus,
+    Mounts,
+    MountSpec,
     StopInstance,
     Subscribe,
 )
@@ -67,6 +72,8 @@ class Answers:
     forwards: Callable[[], Forwards]
     stop: Callable[[StopInstance], Awaitable[None]]
     dial: Dial
+    mounts: Callable[[], Awaitable[Mounts]]
+    add_mounts: Callable[[Sequence[MountSpec]], Awaitable[Mounts]]
 
 
 class _Listing:
@@ -167,12 +174,25 @@ class ApiServer:
             await self._answers.stop(request)
             return Done()
 
+        async def mounts(_: GetMounts) -> Mounts:
+            return await self._answers.mounts()
+
+        async def add_mounts(request: AddMounts) -> Mounts:
+            try:
+                return await self._answers.add_mounts(request.mounts)
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+            except OSError as error:
+                raise RpcError(ErrorCode.DENIED, f"the list of mounts could not be saved: {error}") from None
+
         async def subscribe(_: Subscribe) -> Done:
             await nursery.start(self._send_events, link, nursery.cancel_scope)
             return Done()
 
         service.on_request(GetStatus, status)
         service.on_request(GetForwards, _Listing(self._answers.forwards).answer)
+        service.on_request(GetMounts, mounts)
+        service.on_request(AddMounts, add_mounts)
         service.on_request(StopInstance, stop)
         service.on_request(Subscribe, subscribe)
         service.on_stream(Exec, self._relay)

@@ -19,7 +19,7 @@ from host_agent.probe import Preference, Verdict, choose, describe_qemu
 from host_agent.vm import BootFailure, RestartPolicy, VirtualMachine, VmFiles, watch_boot
 from provision.errors import ProvisionError
 from provision.image import Image
-from provision.machine import CONTROL_PORT, Arch, Machine, MachineError, SerialPort
+from provision.machine import CONTROL_PORT, FILES_PORT, Arch, Machine, MachineError, SerialPort
 from provision.recipe import debian_architecture
 
 _ARCHITECTURES = {"amd64": Arch.X86_64, "arm64": Arch.AARCH64}
@@ -133,12 +133,15 @@ class Booter:
             data=paths.data_disk,
             qmp=paths.qmp_socket,
             console=paths.console_log,
-            serial_ports=(SerialPort(CONTROL_PORT, paths.control_socket),),
+            serial_ports=(
+                SerialPort(CONTROL_PORT, paths.control_socket),
+                SerialPort(FILES_PORT, paths.files_socket),
+            ),
             sandbox=sandbox,
         )
 
 
 def _remove_sockets(paths: InstancePaths) -> None:
     """QEMU's own of an earlier boot; nobody listens on them any more."""
-    for socket in (paths.qmp_socket, paths.control_socket):
+    for socket in (paths.qmp_socket, paths.control_socket, paths.files_socket):
         socket.unlink(missing_ok=True)

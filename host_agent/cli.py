@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import click
 import trio
 
 from host_agent import config as configuration
-from host_agent import groups, sizes, state
+from host_agent import groups, mounts, sizes, state
 from host_agent.client import RESTART_TIME, ConnectionLost, all_forwards, connected, not_running
 from host_agent.config import Wishes
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home, InstancePaths
-from protocol.api import Exec, Forward, GetStatus, InstanceStatus, Stage, StopInstance
+from protocol.api import Exec, Forward, GetMounts, GetStatus, InstanceStatus, MountState, Stage, StopInstance
+from protocol.api import Mounts as MountTable
 from protocol.errors import RemoteFailure
+from protocol.link import Link
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -122,22 +125,43 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
     type=click.Choice(configuration.ACCELERATORS),
     help="What runs the VM; auto tries what this machine has.",
 )
+@click.option(
+    "--mount",
+    "folders",
+    multiple=True,
+    metavar="PATH[:GUESTPATH][:ro|:rw]",
+    help="A folder that the VM sees, at the same path or another; ,locks=host after it: its locks reach the host."
+    " May be repeated.",
+)
 @json_option
 def up(
-    cpus: int | None, memory: int | None, disk: int | None, accelerator: str | None, as_json: bool
+    cpus: int | None,
+    memory: int | None,
+    disk: int | None,
+    accelerator: str | None,
+    folders: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Start the VM, and wait until Docker answers.
 
     What the flags ask for is remembered for the next start. The first run builds the guest image, which
     takes a few minutes.
+
+    The VM sees your home at the same path, and the folder that this is called in. --mount chooses others
+    instead of these ("--mount ~ --mount /srv" keeps the home); "--mount none" chooses none. Folders can be
+    added while the VM runs; to take one away or make it read-only needs a restart.
     """
     from host_agent import show
     from host_agent import up as starting
     from host_agent.progress import progress
 
     home = Home.find()
+    chosen = mounts.chosen(folders, home.root) if folders else None
     with progress() as report:
-        result = starting.run(home, home.instance(), Wishes(cpus, memory, disk, accelerator), report)
+        wishes = Wishes(cpus, memory, disk, accelerator, chosen)
+        result = starting.run(home, home.instance(), wishes, report)
+    if result.note:
+        show.note(result.note)
     for warning in result.warnings:
         show.warning(warning)
     if as_json:
@@ -272,6 +296,22 @@ async def _forwards(paths: InstancePaths) -> list[Forward]:
         return await all_forwards(link)
 
 
+@cli.command("mounts")
+@json_option
+def list_mounts(as_json: bool) -> None:
+    """Show which folders of this machine the VM sees, and how each is doing."""
+    from host_agent import show
+
+    table = groups.run(_mounts, _instance())
+    (show.mounts_json if as_json else show.mounts)(table)
+
+
+async def _mounts(paths: InstancePaths) -> MountTable:
+    _require_running(paths)
+    async with connected(paths, patience=RESTART_TIME) as link:
+        return await link.request(GetMounts())
+
+
 def _require_running(paths: InstancePaths) -> None:
     if not state.is_locked(paths.lock):
         raise not_running(paths)
@@ -285,7 +325,9 @@ def _require_running(paths: InstancePaths) -> None:
     "-t/-T", "--tty/--no-tty", "with_tty", default=None, help="With a terminal, or without; as stdin is."
 )
 @click.option("-u", "--user", default="", help="User of the guest; the default is the one named like you.")
-@click.option("-w", "--workdir", default="", help="Folder of the guest to run in.")
+@click.option(
+    "-w", "--workdir", default="", help="Folder of the guest to run in; the default is this one, if shared."
+)
 @click.option("-e", "--env", "variables", multiple=True, metavar="NAME=VALUE", help="Set a variable.")
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(
@@ -298,18 +340,26 @@ def execute(
         if not equals or not name:
             raise click.BadParameter(f"{variable!r} is not NAME=VALUE")
         environment[name] = value
-    _run_in_guest(list(argv), user, workdir, environment, with_tty)
+    _run_in_guest(list(argv), user, environment, with_tty, _Workdir(workdir, shared=not workdir))
 
 
 @cli.command()
 @click.option("-u", "--user", default="", help="User of the guest; the default is the one named like you.")
 def shell(user: str) -> None:
     """Open a login shell in the VM, in this folder if the VM has it."""
-    _run_in_guest([], user, os.getcwd(), {}, None)
+    _run_in_guest([], user, {}, None, _Workdir(mounts.here() or "", shared=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Workdir:
+    """A folder of the guest; with ``shared``, rather where it has the working directory, if it is mounted."""
+
+    otherwise: str
+    shared: bool
 
 
 def _run_in_guest(
-    argv: list[str], user: str, workdir: str, environment: dict[str, str], with_tty: bool | None
+    argv: list[str], user: str, environment: dict[str, str], with_tty: bool | None, workdir: _Workdir
 ) -> NoReturn:
     from host_agent import terminal
 
@@ -322,19 +372,38 @@ def _run_in_guest(
     target = Exec(
         argv=argv,
         env=environment,
-        cwd=workdir,
+        cwd=workdir.otherwise,
         user=user,
         tty=terminal.window_size() if with_tty else None,
     )
-    sys.exit(groups.run(_execute, _instance(), target))
+    sys.exit(groups.run(_execute, _instance(), target, workdir.shared))
 
 
-async def _execute(paths: InstancePaths, target: Exec) -> int:
+async def _execute(paths: InstancePaths, target: Exec, shared: bool) -> int:
     from host_agent import terminal
 
     _require_running(paths)
     async with connected(paths, patience=RESTART_TIME) as link:
+        if shared and (directory := await _shared_directory(link)) is not None:
+            target = replace(target, cwd=directory)
         return await terminal.run(link, target)
+
+
+async def _shared_directory(link: Link) -> str | None:
+    """Where the guest has the working directory; its home ("") while that mount does not work. None if nowhere."""
+    directory = mounts.here()
+    if directory is None:
+        return None
+    try:
+        rows = (await link.request(GetMounts())).mounts
+    except RemoteFailure:
+        return None  # of an agentctl that had no mounts
+    specs = [row.spec for row in rows]
+    share = mounts.share_of(specs, directory)
+    if share is None:
+        return None
+    works = any(row.spec == share and row.state in (MountState.MOUNTED, MountState.FULL) for row in rows)
+    return mounts.guest_path_of(specs, directory) if works else ""
 
 
 _LOG_COMMANDS = {
@@ -356,10 +425,11 @@ _LOG_COMMANDS = {
 )
 @click.option(
     "--component",
-    type=click.Choice(["host", "console", "qemu", *_LOG_COMMANDS]),
+    type=click.Choice(["host", "files", "console", "qemu", *_LOG_COMMANDS]),
     default="host",
     show_default=True,
-    help="host: the host agent; console: the VM's boot; qemu: its errors; guest, docker, system: in the VM.",
+    help="host: the host agent; files: its file server; console: the VM's boot; qemu: its errors; guest, docker,"
+    " system: in the VM.",
 )
 def logs(follow: bool, lines: int, component: str) -> None:
     """Show what an agent, the VM or Docker wrote down."""
@@ -368,9 +438,14 @@ def logs(follow: bool, lines: int, component: str) -> None:
     paths = _instance()
     if component in _LOG_COMMANDS:
         argv = [*_LOG_COMMANDS[component], "-n", str(lines), *(["-f"] if follow else [])]
-        _run_in_guest(argv, "root", "", {}, False)
-    path = {"host": paths.agent_log, "console": paths.console_log, "qemu": paths.qemu_log}[component]
-    logfiles.show(path, lines, follow=follow)
+        _run_in_guest(argv, "root", {}, False, _Workdir("", shared=False))
+    of_component = {
+        "host": paths.agent_log,
+        "files": paths.files_log,
+        "console": paths.console_log,
+        "qemu": paths.qemu_log,
+    }
+    logfiles.show(of_component[component], lines, follow=follow)
 
 
 @cli.command()

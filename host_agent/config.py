@@ -10,14 +10,15 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
-from host_agent import sizes
+from host_agent import mounts, sizes
 from host_agent.errors import ExitCode, UserError
 from host_agent.files import parse_record, write_atomically
+from protocol.api import MountSpec
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -56,13 +57,17 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    """An instance as it was asked for. Sizes in bytes; ``identity`` is a UUID, the guest's machine-id."""
+    """An instance as it was asked for. Sizes in bytes; ``identity`` is a UUID, the guest's machine-id.
+
+    A file of before there were mounts means the user's home.
+    """
 
     cpus: int
     memory: int
     disk: int
     accelerator: str
     identity: str
+    mounts: tuple[MountSpec, ...] = field(default_factory=mounts.default)
 
     @classmethod
     def default(cls, host: Host) -> InstanceConfig:
@@ -85,6 +90,7 @@ class Wishes:
     memory: int | None = None
     disk: int | None = None
     accelerator: str | None = None
+    mounts: tuple[MountSpec, ...] | None = None
 
     def applied(self, config: InstanceConfig) -> InstanceConfig:
         return replace(
@@ -93,6 +99,7 @@ class Wishes:
             memory=config.memory if self.memory is None else self.memory,
             disk=config.disk if self.disk is None else self.disk,
             accelerator=self.accelerator or config.accelerator,
+            mounts=config.mounts if self.mounts is None else self.mounts,
         )
 
 
@@ -108,7 +115,8 @@ def load(path: Path, host: Host) -> InstanceConfig:
     try:
         config = parse_record(InstanceConfig, content)
         uuid.UUID(config.identity)
-    except ValueError as error:
+        mounts.check(config.mounts)
+    except (ValueError, UserError) as error:
         raise UserError(
             f"{path} is damaged ({error})",
             f"correct it, or remove it to start from the defaults: rm {path}",

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +32,11 @@ from host_agent.boot import Booter, vm_files
 from host_agent.cleanup import clean_up, remember
 from host_agent.client import hello
 from host_agent.docker_context import Activation
+from host_agent.docker_socket import docker_forwarder
 from host_agent.errors import ExitCode, UserError
 from host_agent.events import EventLog
-from host_agent.forwarders import ForwardRunner, UnixForwarder
+from host_agent.file_service import FileService
+from host_agent.forwarders import ForwardRunner
 from host_agent.guest_link import GuestLink
 from host_agent.paths import Home, InstancePaths
 from host_agent.process import ProcessIdentity
@@ -47,6 +50,8 @@ from protocol.api import (
     GuestInfo,
     InstanceStatus,
     Listeners,
+    MountSpec,
+    MountState,
     Shutdown,
     Stage,
     StopInstance,
@@ -112,11 +117,14 @@ class HostAgent:
             on_down=self._guest_down,
         )
         self._forwards = ForwardRunner(self._guest.dial, self._events.publish)
+        self._files = FileService(home, paths, self._config.mounts, self._events.say, self._remember_mounts)
         answers = Answers(
             status=self.status,
             forwards=lambda: Forwards(self._forwards.rows()),
             stop=self.stop,
             dial=self._guest.dial,
+            mounts=self._files.report,
+            add_mounts=self._files.add,
         )
         self._api = ApiServer(paths.agent_socket, answers, self._events)
 
@@ -139,6 +147,8 @@ class HostAgent:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._forwards.run)
             nursery.start_soon(self._guest.run)
+            # Until the very end: what stops in the guest may still be writing.
+            nursery.start_soon(self._files.run)
             # Not `finally`: if this agent has a bug, the VM stays, and the next agent takes it over.
             try:
                 with self._work, groups.collapsed():
@@ -216,7 +226,7 @@ class HostAgent:
     async def _serve_docker(self) -> None:
         """The docker socket, and the context once dockerd answers on it."""
         async with trio.open_nursery() as nursery:
-            forwarder = UnixForwarder(self._paths.docker_socket, docker_ready.DOCKER_SOCKET, self._guest.dial)
+            forwarder = docker_forwarder(self._paths.docker_socket, self._guest.dial, self._files.mounted)
             await nursery.start(forwarder.run)
             self._enter(Stage.DOCKER, "waiting for Docker")
             if failure := await self._docker_failure():
@@ -376,6 +386,7 @@ class HostAgent:
         """The instance as it is now; the guest's part is left out if it does not answer soon."""
         current = state.load(self._paths.state)
         link = self._guest.current
+        rows = self._files.current().mounts
         return InstanceStatus(
             name=self._paths.name,
             stage=self._stage,
@@ -399,7 +410,15 @@ class HostAgent:
             agent_sessions=self._guest.sessions,
             agent_restarts=current.agent_restarts,
             accelerator_reason=current.accelerator_reason,
+            mounts=len(rows),
+            mounts_working=sum(row.state is MountState.MOUNTED for row in rows),
+            file_server_pid=self._files.pid,
+            file_server_restarts=self._files.restarts,
         )
+
+    def _remember_mounts(self, specs: tuple[MountSpec, ...]) -> None:
+        self._config = replace(self._config, mounts=specs)
+        configuration.save(self._paths.config, self._config)
 
     # --- watching ---------------------------------------------------------------------------------
 

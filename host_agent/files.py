@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import tempfile
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 RecordT = TypeVar("RecordT")
 
@@ -47,7 +47,7 @@ def _inherit(path: Path, descriptor: int, mode: int) -> int:
 
 
 def parse_record(cls: type[RecordT], content: bytes) -> RecordT:
-    """The dataclass ``cls`` (of plain fields) from its JSON object.
+    """The dataclass ``cls`` (of plain fields, and tuples of such dataclasses) from its JSON object.
 
     Raises ``ValueError`` with a clause: people edit such files, and a power cut may damage them.
     """
@@ -55,17 +55,38 @@ def parse_record(cls: type[RecordT], content: bytes) -> RecordT:
         values: Any = json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    return _record(cls, values)
+
+
+def _record(cls: type[RecordT], values: Any) -> RecordT:
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004 (the content is wrong, not our call)
     hints = get_type_hints(cls)
     for field in fields(cls):  # type: ignore[arg-type]
-        expected = hints[field.name]
-        # To Python a bool is an int and an int is no float; to whoever wrote the file neither is so.
-        allowed = (float, int) if expected is float else expected
+        if field.name not in values and field.default_factory is not MISSING:
+            continue
         value = values.get(field.name, field.default)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
+        if get_origin(hints[field.name]) is tuple:
+            values[field.name] = _records(field.name, get_args(hints[field.name])[0], value)
+        elif not _is_plain(value, hints[field.name]):
             raise ValueError(f"{field.name} is not there or not what it should be")
     try:
         return cls(**values)
     except TypeError as error:
         raise ValueError(str(error).partition("() ")[2] or str(error)) from None
+
+
+def _records(name: str, cls: type[RecordT], values: Any) -> tuple[RecordT, ...]:
+    """The elements of a field ``tuple[cls, ...]``."""
+    if not isinstance(values, list):
+        raise ValueError(f"{name} is not a list")  # noqa: TRY004 (as above)
+    try:
+        return tuple(_record(cls, value) for value in values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _is_plain(value: object, expected: Any) -> bool:
+    # To Python a bool is an int and an int is no float; to whoever wrote the file neither is so.
+    allowed = (float, int) if expected is float else expected
+    return isinstance(value, allowed) and (not isinstance(value, bool) or expected is bool)

@@ -33,6 +33,8 @@ Dial = Callable[[Target], Awaitable[trio.abc.HalfCloseableStream]]
 # What to dial for the next connection, best first.
 Targets = Callable[[], Sequence[Target]]
 Listen = Callable[[int], list[trio.SocketListener]]
+# A client as the guest is to hear it: the stream itself, or one that wraps it.
+SeenAs = Callable[[trio.SocketStream], trio.abc.HalfCloseableStream]
 
 # Half of the link's streams: one busy port may not starve all others. Further clients wait in the backlog.
 MAX_CONNECTIONS = 1024
@@ -108,10 +110,18 @@ def listen_unix(path: Path) -> trio.SocketListener:
 class Forwarder:
     """Accepts on some listening sockets and carries each connection to a target in the guest."""
 
-    def __init__(self, listeners: Sequence[trio.SocketListener], targets: Targets, dial: Dial) -> None:
+    def __init__(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        targets: Targets,
+        dial: Dial,
+        *,
+        seen_as: SeenAs | None = None,
+    ) -> None:
         self._listeners = listeners
         self._targets = targets
         self._dial = dial
+        self._seen_as = seen_as
         self._slots = trio.Semaphore(MAX_CONNECTIONS)
 
     async def serve(self, connections: trio.Nursery) -> None:
@@ -144,7 +154,7 @@ class Forwarder:
     async def _carry(self, client: trio.SocketStream) -> None:
         try:
             async with await self._connect() as remote:
-                await splice(client, remote)
+                await splice(self._seen_as(client) if self._seen_as else client, remote)
         except (AgentctlProtocolError, trio.BrokenResourceError, OSError) as error:
             logger.debug("connection not carried: %s", error)
         except Exception:
@@ -170,10 +180,11 @@ class Forwarder:
 class UnixForwarder:
     """A unix socket of the host that leads to ``target`` in the guest, such as Docker's."""
 
-    def __init__(self, path: Path, target: Target, dial: Dial) -> None:
+    def __init__(self, path: Path, target: Target, dial: Dial, *, seen_as: SeenAs | None = None) -> None:
         self.path = path
         self._target = target
         self._dial = dial
+        self._seen_as = seen_as
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen until cancelled, then unlink the path. Started when clients can connect.
@@ -182,7 +193,7 @@ class UnixForwarder:
         """
         listener = listen_unix(self.path)
         identity = _identity(self.path)
-        forwarder = Forwarder([listener], lambda: (self._target,), self._dial)
+        forwarder = Forwarder([listener], lambda: (self._target,), self._dial, seen_as=self._seen_as)
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()

@@ -70,6 +70,21 @@ class InstancePaths:
         return self.directory / "control.sock"
 
     @property
+    def files_socket(self) -> Path:
+        """QEMU's end of the guest's files port."""
+        return self.directory / "files.sock"
+
+    @property
+    def files_journal(self) -> Path:
+        """What a file server that was killed must still know of the guest that it served."""
+        return self.directory / "files.journal"
+
+    @property
+    def files_identity(self) -> Path:
+        """Which process the file server is, for the host agent that comes after a killed one."""
+        return self.directory / "files.json"
+
+    @property
     def docker_socket(self) -> Path:
         return self.directory / "docker.sock"
 
@@ -84,6 +99,11 @@ class InstancePaths:
     @property
     def qemu_log(self) -> Path:
         return self.directory / "qemu.log"
+
+    @property
+    def files_log(self) -> Path:
+        """What the file server says on its standard error."""
+        return self.directory / "files.log"
 
     @property
     def root_overlay(self) -> Path:
@@ -101,7 +121,13 @@ class InstancePaths:
         return self.directory / "data.img"
 
     def sockets(self) -> tuple[Path, ...]:
-        return (self.agent_socket, self.qmp_socket, self.control_socket, self.docker_socket)
+        return (
+            self.agent_socket,
+            self.qmp_socket,
+            self.control_socket,
+            self.files_socket,
+            self.docker_socket,
+        )
 
     def ensure(self) -> None:
         """Create the folder; raises ``UserError`` if it cannot be private or its name is too long."""
@@ -125,7 +151,12 @@ class Home:
     def find(cls) -> Home:
         """From ``AGENTCTL_HOME``, else ``~/.agentctl``."""
         configured = os.environ.get("AGENTCTL_HOME")
-        return cls(Path(configured).absolute() if configured else Path.home() / ".agentctl")
+        return cls(Path(configured).absolute()) if configured else cls.usual()
+
+    @classmethod
+    def usual(cls) -> Home:
+        """The one of users who did not choose another."""
+        return cls(Path.home() / ".agentctl")
 
     @property
     def images(self) -> Path:

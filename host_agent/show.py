@@ -21,7 +21,7 @@ from rich.text import Text
 
 from host_agent import sizes
 from host_agent.errors import UserError
-from protocol.api import Forward, ForwardState, InstanceStatus, Stage
+from protocol.api import Forward, ForwardState, InstanceStatus, Mount, Mounts, MountState, Stage
 
 _STATE_STYLE = {
     ForwardState.LISTENING: "green",
@@ -31,6 +31,8 @@ _STATE_STYLE = {
     ForwardState.IGNORED: "dim",
 }
 
+
+_MOUNT_STYLE = {MountState.MOUNTED: "green", MountState.WAITING: "yellow"}
 
 #: Where nobody looks at it a table is as wide as it has to be: `agentctl ports | grep` wants whole lines.
 _UNFOLDED = 4096
@@ -86,6 +88,7 @@ def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
             ("guest agent", _agent(status)),
             ("docker", f"unix://{status.docker_socket}"),
             ("context", status.docker_context),
+            ("mounts", _mounts(status)),
         ]
     if status.restarts:
         facts.append(("boots retried", str(status.restarts)))
@@ -99,6 +102,12 @@ def _disk(status: InstanceStatus) -> str:
     if status.guest is not None and status.guest.data_total:
         text += f", {sizes.show(status.guest.data_total - status.guest.data_free)} used"
     return text
+
+
+def _mounts(status: InstanceStatus) -> str:
+    if status.mounts == status.mounts_working:
+        return str(status.mounts) if status.mounts else "none"
+    return f"{status.mounts_working} of {status.mounts} work; see: agentctl mounts"
 
 
 def _agent(status: InstanceStatus) -> str:
@@ -140,6 +149,42 @@ def forwards(rows: list[Forward], *, everything: bool) -> None:
     console.print(table)
 
 
+def mounts(table: Mounts) -> None:
+    """The table of ``agentctl mounts``, and what to do about those that do not work."""
+    console = out()
+    if not table.mounts:
+        console.print("the VM sees no folder of this machine; try: agentctl up --mount .", markup=False)
+        return
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("FOLDER", "IN THE VM", "MODE", "STATE", "REASON"):
+        grid.add_column(title)
+    for mount in table.mounts:
+        grid.add_row(
+            words(mount.spec.host_path),
+            words("same path" if mount.spec.guest_path == mount.spec.host_path else mount.spec.guest_path),
+            _mode(mount),
+            words(mount.state.value, _MOUNT_STYLE.get(mount.state, "red")),
+            words(mount.reason),
+        )
+    console.print(grid)
+    for hint in dict.fromkeys(mount.hint for mount in table.mounts if mount.hint):
+        console.print(words(f"hint: {hint}"))
+    for mount in table.mounts:
+        if mount.lost:
+            lost = f"in {mount.spec.guest_path}, {mount.lost} open files or locks were lost (ESTALE)"
+            console.print(words(f"note: {lost}"))
+
+
+def _mode(mount: Mount) -> str:
+    return ("ro" if mount.spec.read_only else "rw") + (", locks=host" if mount.spec.host_locks else "")
+
+
+def mounts_json(table: Mounts) -> None:
+    """What a mount is and how it does are one object."""
+    rows = [asdict(mount) for mount in table.mounts]
+    as_json([{**row.pop("spec"), **row} for row in rows])
+
+
 def endpoint(address: str, port: int) -> str:
     """``127.0.0.1:80`` or ``[::1]:80``."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
@@ -163,6 +208,10 @@ def error(error: UserError) -> None:
 
 def warning(text: str) -> None:
     err().print(_said("warning:", "bold yellow", text))
+
+
+def note(text: str) -> None:
+    err().print(_said("note:", "bold", text))
 
 
 def _said(label: str, style: str, text: str) -> Text:

@@ -16,14 +16,25 @@ from dataclasses import dataclass, replace
 import trio
 
 from host_agent import config as configuration
-from host_agent import docker_context, docker_tools, ending, groups, keeper, state
+from host_agent import docker_context, docker_tools, ending, groups, keeper, mounts, state
 from host_agent.boot import find_qemu
-from host_agent.client import ConnectionLost, connected
+from host_agent.client import RESTART_TIME, ConnectionLost, connected
 from host_agent.config import Host, InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home, InstancePaths
-from protocol.api import Event, GetStatus, InstanceStatus, Stage, StopInstance, Subscribe
-from protocol.errors import AgentctlProtocolError
+from protocol.api import (
+    AddMounts,
+    Event,
+    GetMounts,
+    GetStatus,
+    InstanceStatus,
+    Mounts,
+    MountState,
+    Stage,
+    StopInstance,
+    Subscribe,
+)
+from protocol.errors import AgentctlProtocolError, ErrorCode, RemoteFailure
 from protocol.link import Link, Service
 from provision import image as images
 from provision import recipe as recipes
@@ -37,11 +48,12 @@ AGENT_START_TIME = 30.0
 
 @dataclass(frozen=True, slots=True)
 class UpResult:
-    """The instance after ``up``. ``warnings`` are sentences for the user."""
+    """The instance after ``up``. ``warnings`` and ``note`` (or "") are sentences for the user."""
 
     status: InstanceStatus
     started: bool
     warnings: tuple[str, ...]
+    note: str = ""
 
 
 def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) -> UpResult:
@@ -52,6 +64,26 @@ def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) ->
     config = wishes.applied(configuration.load(paths.config, host))
     config = configuration.with_kept_disk(config, wishes, paths.data_disk)
     configuration.check(config, host)
+    folders = _folders(home, wishes, config)
+    config = replace(config, mounts=folders.specs)
+    result = _up(home, paths, config, progress)
+    return replace(result, warnings=(*filter(None, [folders.warning]), *result.warnings), note=folders.note)
+
+
+def _folders(home: Home, wishes: Wishes, config: InstanceConfig) -> mounts.WithDirectory:
+    """What the VM is to see. Folders that were named are what is wanted, and no other is added to them."""
+    directory = mounts.here()
+    if wishes.mounts is None:
+        return mounts.with_directory(config.mounts, directory, home.root)
+    if directory is None or mounts.share_of(config.mounts, directory):
+        return mounts.WithDirectory(config.mounts)
+    return mounts.WithDirectory(
+        config.mounts,
+        warning=f"the VM does not see this folder, {directory}; to add it: agentctl up --mount . (and the others)",
+    )
+
+
+def _up(home: Home, paths: InstancePaths, config: InstanceConfig, progress: Progress) -> UpResult:
     while True:
         try:
             running = groups.run(_running, paths, progress)
@@ -74,7 +106,7 @@ def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) ->
 
 
 def _joined(paths: InstancePaths, running: InstanceStatus, config: InstanceConfig) -> UpResult:
-    warnings = _environment_warnings(paths)
+    warnings = (*_environment_warnings(paths), *groups.run(_mount_more, paths, config))
     asked = {"cpus": config.cpus, "memory": config.memory, "disk": config.disk}
     current = {"cpus": running.cpus, "memory": running.memory, "disk": running.disk}
     changed = [name for name in asked if asked[name] != current[name]]
@@ -85,6 +117,49 @@ def _joined(paths: InstancePaths, running: InstanceStatus, config: InstanceConfi
             " agentctl stop, then agentctl up with the same flags",
         )
     return UpResult(running, started=False, warnings=warnings)
+
+
+async def _mount_more(paths: InstancePaths, config: InstanceConfig) -> tuple[str, ...]:
+    """Mount what is not mounted yet in an instance that runs; what only a restart changes is a warning."""
+    try:
+        async with connected(paths, patience=RESTART_TIME) as link:
+            current = await link.request(GetMounts())
+            change = mounts.compare((mount.spec for mount in current.mounts), config.mounts)
+            if change.added:
+                current = await link.request(AddMounts(list(change.added)))
+    except RemoteFailure as error:
+        if error.code is not ErrorCode.UNSUPPORTED:
+            raise UserError(error.message, error.hint) from None
+        return (
+            "the running instance is of an older agentctl: stop it, and start it again, to mount folders",
+        )
+    later = (
+        (
+            f"{', '.join(change.later)}: unchanged until you restart the instance: agentctl stop, then agentctl up"
+            " with the same flags",
+        )
+        if change.later
+        else ()
+    )
+    return (*later, *_mount_warnings(current))
+
+
+def _mount_warnings(current: Mounts) -> tuple[str, ...]:
+    """One for each folder that the VM was to see and does not."""
+    return tuple(
+        f"{mount.spec.guest_path} is not mounted: {mount.reason}" + (f" ({mount.hint})" if mount.hint else "")
+        for mount in current.mounts
+        if mount.state is not MountState.MOUNTED
+    )
+
+
+async def _mounts_after_start(paths: InstancePaths) -> tuple[str, ...]:
+    """The warnings about the mounts of an instance that has just been started."""
+    try:
+        async with connected(paths, patience=RESTART_TIME) as link:
+            return _mount_warnings(await link.request(GetMounts()))
+    except (UserError, AgentctlProtocolError):
+        return ()  # whoever ended it in this moment knows more than we do
 
 
 def _environment_warnings(paths: InstancePaths) -> tuple[str, ...]:
@@ -165,7 +240,14 @@ def _start(home: Home, paths: InstancePaths, config: InstanceConfig, progress: P
             groups.run(abandon, paths)
         raise
     return UpResult(
-        status, started=True, warnings=(*warnings, *_slowness(status), *_environment_warnings(paths))
+        status,
+        started=True,
+        warnings=(
+            *warnings,
+            *_slowness(status),
+            *_environment_warnings(paths),
+            *groups.run(_mounts_after_start, paths),
+        ),
     )
 
 

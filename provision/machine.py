@@ -30,7 +30,9 @@ ROOT_SERIAL = "agentctl-root"
 DATA_SERIAL = "agentctl-data"
 AGENT_SERIAL = "agentctl-agent"
 
+# One port for each plane, so that a long file transfer never stands before a command.
 CONTROL_PORT = "org.agentctl.control"
+FILES_PORT = "org.agentctl.files"
 
 # slirp's own default, said out loud: the guest is .15, the host .2, the name server .3.
 GUEST_NETWORK = "10.0.2.0/24"

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from host_agent import api_server, state, up
+from host_agent import api_server, cli, file_service, mounts, state, up
 from host_agent.api_server import Answers, ApiServer
 from host_agent.client import all_forwards, connected, hello
+from host_agent.config import InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
 from host_agent.events import EventLog
 from host_agent.forwarders import listen_unix
 from host_agent.forwards import MAX_WORD
-from host_agent.paths import InstancePaths
+from host_agent.paths import Home, InstancePaths
 from host_agent.state import InstanceState
 from protocol.api import (
+    AddMounts,
     DialTcp,
     Event,
     Exec,
@@ -28,9 +32,14 @@ from protocol.api import (
     Forwards,
     ForwardState,
     GetForwards,
+    GetMounts,
     GetStatus,
     GuestInfo,
     InstanceStatus,
+    Mount,
+    Mounts,
+    MountSpec,
+    MountState,
     Proto,
     Stage,
     StopInstance,
@@ -60,6 +69,8 @@ class Instance:
     dialled: list[Target] = field(default_factory=list)
     guest: trio.abc.HalfCloseableStream | None = None
     rows: list[Forward] = field(default_factory=lambda: [ROW])
+    mounts: list[Mount] = field(default_factory=list)
+    mount_failure: Exception | None = None
 
     async def get_status(self) -> InstanceStatus:
         await trio.lowlevel.checkpoint()
@@ -67,6 +78,16 @@ class Instance:
 
     def get_forwards(self) -> Forwards:
         return Forwards(list(self.rows))
+
+    async def get_mounts(self) -> Mounts:
+        await trio.lowlevel.checkpoint()
+        return Mounts(list(self.mounts))
+
+    async def add_mounts(self, specs: Sequence[MountSpec]) -> Mounts:
+        if self.mount_failure is not None:
+            raise self.mount_failure
+        self.mounts += [Mount(spec, MountState.MOUNTED) for spec in specs]
+        return await self.get_mounts()
 
     async def stop(self, request: StopInstance) -> None:
         self.stops.append(request)
@@ -94,7 +115,14 @@ class Running:
 @asynccontextmanager
 async def served(paths: InstancePaths) -> AsyncIterator[Running]:
     instance, events = Instance(), EventLog()
-    answers = Answers(instance.get_status, instance.get_forwards, instance.stop, instance.dial)
+    answers = Answers(
+        instance.get_status,
+        instance.get_forwards,
+        instance.stop,
+        instance.dial,
+        instance.get_mounts,
+        instance.add_mounts,
+    )
     server = ApiServer(paths.agent_socket, answers, events)
     scope = trio.CancelScope()
 
@@ -134,6 +162,135 @@ async def test_questions_are_answered(instance: InstancePaths) -> None:
         async with connected(instance) as link:
             assert await link.request(GetStatus()) == STATUS
             assert await link.request(GetForwards()) == Forwards([ROW], total=1)
+
+
+async def test_mounts_are_listed_and_added(instance: InstancePaths) -> None:
+    spec = MountSpec("/srv/a", "/a", read_only=True)
+    async with served(instance), connected(instance) as link:
+        assert await link.request(GetMounts()) == Mounts([])
+        added = await link.request(AddMounts([spec]))
+        assert added == Mounts([Mount(spec, MountState.MOUNTED)])
+        assert await link.request(GetMounts()) == added
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message", "hint"),
+    [
+        (UserError("no room", "make some", ExitCode.USAGE), ErrorCode.INVALID, "no room", "make some"),
+        (OSError(28, "No space left"), ErrorCode.DENIED, "the list of mounts could not be saved", ""),
+    ],
+)
+async def test_a_mount_that_cannot_be_is_told_why(
+    instance: InstancePaths, failure: Exception, code: ErrorCode, message: str, hint: str
+) -> None:
+    async with served(instance) as running, connected(instance) as link:
+        running.instance.mount_failure = failure
+        with pytest.raises(RpcError) as caught:
+            await link.request(AddMounts([MountSpec("/a", "/a")]))
+        assert (caught.value.code, caught.value.hint) == (code, hint)
+        assert caught.value.message.startswith(message)
+
+
+async def test_the_longest_table_of_mounts_fits_into_an_answer(instance: InstancePaths) -> None:
+    path = "/" + "p" * (mounts.MAX_PATH - 1)
+    words = "\U0001f600" * file_service.MAX_WORDS
+    row = Mount(MountSpec(path, path), MountState.FAILED, words, words, 1 << 60, 1 << 60, 1 << 60, 1 << 60)
+    async with served(instance) as running, connected(instance) as link:
+        running.instance.mounts = [row] * mounts.MAX_MOUNTS
+        assert len((await link.request(GetMounts())).mounts) == mounts.MAX_MOUNTS
+
+
+# --- folders ---------------------------------------------------------------------------------------
+
+
+ASKED = InstanceConfig(cpus=2, memory=1 << 30, disk=1 << 34, accelerator="auto", identity="", mounts=())
+
+
+async def test_up_mounts_what_a_running_instance_lacks(instance: InstancePaths) -> None:
+    here, there = MountSpec("/srv/here", "/srv/here"), MountSpec("/srv/there", "/there")
+    async with served(instance) as running:
+        running.instance.mounts = [Mount(here, MountState.MOUNTED)]
+        assert await up._mount_more(instance, replace(ASKED, mounts=(here, there))) == ()
+        assert [mount.spec for mount in running.instance.mounts] == [here, there]
+
+
+async def test_up_takes_nothing_away_and_says_so(instance: InstancePaths) -> None:
+    here, other = MountSpec("/srv/here", "/srv/here"), MountSpec("/other", "/other")
+    async with served(instance) as running:
+        running.instance.mounts = [Mount(here, MountState.MOUNTED), Mount(other, MountState.MOUNTED)]
+        only = replace(ASKED, mounts=(replace(here, read_only=True),))
+        (warning,) = await up._mount_more(instance, only)
+        assert warning.startswith(
+            "/other, /srv/here: unchanged until you restart the instance: agentctl stop,"
+        )
+        assert [mount.spec for mount in running.instance.mounts] == [here, other]
+
+
+async def test_up_says_which_folders_the_vm_does_not_see(instance: InstancePaths) -> None:
+    lost = Mount(MountSpec("/a", "/b"), MountState.MISSING, "/a is missing on the host", "make it")
+    async with served(instance) as running:
+        running.instance.mounts = [lost, Mount(MountSpec("/c", "/c"), MountState.MOUNTED)]
+        expected = ("/b is not mounted: /a is missing on the host (make it)",)
+        assert await up._mounts_after_start(instance) == expected
+        assert (await up._mount_more(instance, replace(ASKED, mounts=(lost.spec,))))[1:] == expected
+    assert await up._mounts_after_start(instance) == ()
+
+
+async def test_a_mount_that_cannot_be_added_is_an_error_of_up(instance: InstancePaths) -> None:
+    async with served(instance) as running:
+        running.instance.mount_failure = UserError("no room", "make some")
+        with pytest.raises(UserError, match="no room") as caught:
+            await up._mount_more(instance, replace(ASKED, mounts=(MountSpec("/a", "/a"),)))
+        assert caught.value.hint == "make some"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the user is; the shell's name for it is the real one."""
+    real = os.path.realpath(tmp_path)
+    monkeypatch.chdir(real)
+    monkeypatch.setenv("PWD", real)
+    return real
+
+
+def test_up_adds_the_working_directory_unless_folders_were_named(home: Home, folder: str) -> None:
+    outside = (MountSpec("/home/me", "/home/me"),)
+    added = up._folders(home, Wishes(), replace(ASKED, mounts=outside))
+    assert added.specs == (*outside, MountSpec(folder, folder))
+    assert folder in added.note
+    named = up._folders(home, Wishes(mounts=outside), replace(ASKED, mounts=outside))
+    assert named.specs == outside
+    assert folder in named.warning
+    assert not named.note
+    inside = (MountSpec(folder, "/src"),)
+    for wishes in (Wishes(), Wishes(mounts=inside)):
+        assert up._folders(home, wishes, replace(ASKED, mounts=inside)).specs == inside
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (MountState.MOUNTED, "/src"),
+        (MountState.FULL, "/src"),
+        (MountState.WAITING, ""),
+        (MountState.MISSING, ""),
+    ],
+)
+async def test_a_command_runs_where_the_user_is(
+    instance: InstancePaths, folder: str, state: MountState, expected: str
+) -> None:
+    async with served(instance) as running, connected(instance) as link:
+        assert await cli._shared_directory(link) is None
+        running.instance.mounts = [Mount(MountSpec(folder, "/src"), state)]
+        assert await cli._shared_directory(link) == expected
+
+
+async def test_a_command_runs_at_home_if_the_working_directory_was_deleted(
+    instance: InstancePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "here", lambda: None)
+    async with served(instance), connected(instance) as link:
+        assert await cli._shared_directory(link) is None
 
 
 # As long as a guest can make them, and as wide as text can be.

@@ -73,7 +73,7 @@ def said(done: Done) -> list[str]:
 
 
 def test_all_commands_are_there() -> None:
-    wanted = {"up", "status", "ports", "exec", "shell", "logs", "env", "stop", "delete"}
+    wanted = {"up", "status", "ports", "mounts", "exec", "shell", "logs", "env", "stop", "delete"}
     assert wanted <= set(COMMANDS)
 
 
@@ -119,6 +119,9 @@ def test_the_version_is_told_where_it_is_installed(home: Home) -> None:
         (["exec", "--tty", "ls"], "--tty was asked for, and stdin is not a terminal"),
         (["logs", "-n", "-5"], "-5 is not in the range"),
         (["delete"], "this would remove the instance (its data disk stays)"),
+        (["up", "--mount", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["up", "--mount", "/tmp:elsewhere"], "'elsewhere' is neither a place in the VM"),
+        (["up", "--mount", "/tmp:/etc"], "/etc cannot be a mount: /etc is the VM's own"),
     ],
 )
 def test_wrong_words_are_refused(instance: InstancePaths, words: list[str], sentence: str) -> None:
@@ -169,7 +172,16 @@ def test_a_smaller_disk_is_refused(instance: InstancePaths) -> None:
 
 @pytest.mark.parametrize("started_before", [False, True])
 @pytest.mark.parametrize(
-    "words", [["ports"], ["ports", "--json"], ["exec", "ls"], ["shell"], ["logs", "--component", "docker"]]
+    "words",
+    [
+        ["ports"],
+        ["ports", "--json"],
+        ["mounts"],
+        ["mounts", "--json"],
+        ["exec", "ls"],
+        ["shell"],
+        ["logs", "--component", "docker"],
+    ],
 )
 def test_what_needs_a_running_instance_says_so(home: Home, words: list[str], started_before: bool) -> None:
     if started_before:
@@ -232,6 +244,10 @@ def test_the_status_of_a_stopped_instance_is_json_that_scripts_can_rely_on(insta
         "agent_sessions": 0,
         "agent_restarts": 0,
         "accelerator_reason": "",
+        "mounts": 0,
+        "mounts_working": 0,
+        "file_server_pid": 0,
+        "file_server_restarts": 0,
     }
     assert agentctl("status", "--json").stdout == done.stdout
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from host_agent import config, sizes
 from host_agent.config import GIB, MIB, Host, InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
+from protocol.api import MountSpec
 
 HOST = Host(cpus=8, memory=16 * GIB)
 ASKED = InstanceConfig(cpus=4, memory=4 * GIB, disk=60 * GIB, accelerator="auto", identity=str(uuid.uuid4()))
@@ -44,12 +46,37 @@ def test_without_a_file_there_is_a_default_with_an_identity_of_its_own(tmp_path:
     assert uuid.UUID(first.identity) != uuid.UUID(second.identity)
 
 
+def test_mounts_are_kept_and_a_file_without_them_means_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = tmp_path / "config.json"
+    chosen = (MountSpec("/srv/a", "/a", read_only=True), MountSpec("/srv/b", "/b", host_locks=True))
+    config.save(path, replace(ASKED, mounts=chosen))
+    assert config.load(path, HOST).mounts == chosen
+    config.save(path, replace(ASKED, mounts=()))
+    assert config.load(path, HOST).mounts == ()
+    old = json.loads(path.read_bytes())
+    del old["mounts"]
+    path.write_text(json.dumps(old))
+    assert config.load(path, HOST).mounts == (MountSpec("/home/someone", "/home/someone"),)
+    assert config.load(tmp_path / "none", HOST).mounts == (MountSpec("/home/someone", "/home/someone"),)
+
+
+def test_a_mount_that_could_not_be_is_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config.save(path, replace(ASKED, mounts=(MountSpec("/srv/a", "/etc"),)))
+    with pytest.raises(UserError, match="is damaged.*/etc cannot be a mount"):
+        config.load(path, HOST)
+
+
 def test_flags_change_what_they_name() -> None:
     wishes = Wishes(cpus=2, disk=80 * GIB)
     assert wishes.applied(ASKED) == replace(ASKED, cpus=2, disk=80 * GIB)
     assert Wishes().applied(ASKED) == ASKED
     # A zero is something that was asked for, to be refused and not to be overlooked.
     assert Wishes(cpus=0).applied(ASKED).cpus == 0
+    assert Wishes(mounts=()).applied(ASKED).mounts == ()
 
 
 @pytest.mark.parametrize(

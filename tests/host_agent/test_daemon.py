@@ -12,13 +12,13 @@ import pytest
 import trio
 import trio.testing
 
-from host_agent import daemon, state
+from host_agent import config, daemon, state
 from host_agent.daemon import HostAgent
 from host_agent.paths import Home, InstancePaths
 from host_agent.qmp import QmpClosed
 from host_agent.state import InstanceState
 from host_agent.vm import VirtualMachine
-from protocol.api import Stage, StopInstance
+from protocol.api import MountSpec, Stage, StopInstance
 from protocol.errors import LinkError
 
 Usage = namedtuple("Usage", "total used free")
@@ -179,3 +179,15 @@ async def test_a_full_disk_of_the_host_is_said_and_the_vm_goes_on_when_there_is_
         nursery.cancel_scope.cancel()
     kinds = [event.kind for event in agent._events.subscribe(lambda event: None)]
     assert [kind for kind in kinds if kind.startswith("disk")] == ["disk-full", "disk-has-room"]
+
+
+async def test_a_mount_that_is_added_is_kept_for_the_next_start(
+    agent: HostAgent, instance: InstancePaths, autojump_clock: trio.testing.MockClock
+) -> None:
+    added = MountSpec("/srv/data", "/data", read_only=True)
+    await agent._files.add([added])
+    kept = config.load(instance.config, config.Host.measure()).mounts
+    assert kept == agent._files.specs
+    assert kept[-1] == added
+    status = await agent.status()
+    assert (status.mounts, status.mounts_working, status.file_server_pid) == (len(kept), 0, 0)

@@ -10,7 +10,18 @@ import pytest
 from host_agent import show
 from host_agent.errors import UserError
 from host_agent.progress import progress
-from protocol.api import Forward, ForwardState, GuestInfo, InstanceStatus, Proto, Stage
+from protocol.api import (
+    Forward,
+    ForwardState,
+    GuestInfo,
+    InstanceStatus,
+    Mount,
+    Mounts,
+    MountSpec,
+    MountState,
+    Proto,
+    Stage,
+)
 
 GIB = 1 << 30
 
@@ -65,6 +76,8 @@ def test_words_of_the_guest_are_printed_harmlessly(
     show.status(replace(RUNNING, stage=Stage.FAILED, detail=HOSTILE, hint=HOSTILE, docker_socket=HOSTILE))
     show.error(UserError(HOSTILE, HOSTILE))
     show.warning(HOSTILE)
+    show.note(HOSTILE)
+    show.mounts(Mounts([Mount(MountSpec(HOSTILE, HOSTILE), MountState.FAILED, HOSTILE, HOSTILE, lost=1)]))
     with progress() as report:
         report(HOSTILE)
     captured = capsys.readouterr()
@@ -112,6 +125,9 @@ def test_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
         ({"agent_restarts": 2}, "host agent restarts 2"),
         ({"stage": Stage.BOOTING, "detail": "booting the VM"}, "default booting booting the VM"),
         ({"guest": None}, "disk 60 GiB\n"),
+        ({}, "mounts none"),
+        ({"mounts": 2, "mounts_working": 2}, "mounts 2\n"),
+        ({"mounts": 2, "mounts_working": 1}, "mounts 1 of 2 work; see: agentctl mounts"),
     ],
 )
 def test_what_is_unusual_is_said(
@@ -173,6 +189,56 @@ def test_json_has_the_fields_of_the_messages(capsys: pytest.CaptureFixture[str])
     assert_harmless(output)
     assert json.loads(output)[0]["unit"] == HOSTILE
     assert json.loads(output)[0]["state"] == "listening"
+
+
+HOME = Mount(MountSpec("/home/me", "/home/me"), MountState.MOUNTED)
+DATA = Mount(
+    MountSpec("/srv/data", "/data", read_only=True, host_locks=True),
+    MountState.MISSING,
+    "/srv/data is missing on the host",
+    "make it",
+)
+
+
+def test_mounts_are_a_table_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    show.mounts(Mounts([HOME, DATA, DATA]))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].split("  ")[0] == "FOLDER"
+    assert lines[1].split() == ["/home/me", "same", "path", "rw", "mounted"]
+    assert " ".join(lines[2].split()) == (
+        "/srv/data /data ro, locks=host missing /srv/data is missing on the host"
+    )
+    assert lines[4:] == ["hint: make it"]
+
+
+def test_files_that_were_lost_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    show.mounts(Mounts([replace(HOME, lost=3)]))
+    assert "note: in /home/me, 3 open files or locks were lost (ESTALE)" in capsys.readouterr().out
+
+
+def test_without_mounts_it_is_said_how_to_have_some(capsys: pytest.CaptureFixture[str]) -> None:
+    show.mounts(Mounts([]))
+    assert "agentctl up --mount ." in capsys.readouterr().out
+
+
+def test_json_of_a_mount_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    show.mounts_json(Mounts([replace(DATA, calls=7, clock_skew_ms=-5)]))
+    assert json.loads(capsys.readouterr().out) == [
+        {
+            "host_path": "/srv/data",
+            "guest_path": "/data",
+            "read_only": True,
+            "host_locks": True,
+            "state": "missing",
+            "reason": "/srv/data is missing on the host",
+            "hint": "make it",
+            "nodes": 0,
+            "descriptors": 0,
+            "lost": 0,
+            "calls": 7,
+            "clock_skew_ms": -5,
+        }
+    ]
 
 
 def test_an_error_is_a_sentence_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:

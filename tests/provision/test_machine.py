@@ -35,7 +35,10 @@ MACHINE = Machine(
     data=Path("/v/data.img"),
     qmp=Path("/v/qmp.sock"),
     console=Path("/v/console.log"),
-    serial_ports=(SerialPort("org.agentctl.control", Path("/v/agent.sock")),),
+    serial_ports=(
+        SerialPort("org.agentctl.control", Path("/v/control.sock")),
+        SerialPort("org.agentctl.files", Path("/v/files.sock")),
+    ),
 )
 
 CMDLINE = (
@@ -80,8 +83,10 @@ def golden(accel: str, cpu: str, cmdline: str) -> list[str]:
         "-device", "virtio-rng-pci",
         "-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on",
         "-device", "virtio-serial-pci,id=serial",
-        "-chardev", "socket,id=org.agentctl.control,path=/v/agent.sock,server=on,wait=off",
+        "-chardev", "socket,id=org.agentctl.control,path=/v/control.sock,server=on,wait=off",
         "-device", "virtserialport,bus=serial.0,chardev=org.agentctl.control,name=org.agentctl.control",
+        "-chardev", "socket,id=org.agentctl.files,path=/v/files.sock,server=on,wait=off",
+        "-device", "virtserialport,bus=serial.0,chardev=org.agentctl.files,name=org.agentctl.files",
         "-device", "pcie-root-port,id=hotplug0,chassis=1,slot=1",
         "-device", "pcie-root-port,id=hotplug1,chassis=2,slot=2",
         "-device", "vmgenid,guid=auto",

@@ -1,0 +1,405 @@
+"""The process that serves the host's folders: kept running, told which they are, and asked how they do.
+
+The laws: it never outlives the host agent, since the end of its control socket is its own end; and it is
+started again whenever it ends, for good or ill. Being killed costs the guest a wait and nothing else: the
+journal has what the next one needs to know. So none of its ends is an error here, but one that does not
+stay up is said in every row of ``agentctl mounts``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Final, Protocol
+
+import trio
+
+from host_agent import agentlog, mounts
+from host_agent.client import hello
+from host_agent.fileserver.control import (
+    GetShares,
+    GuestStage,
+    ServeShares,
+    SharedFolder,
+    SharesChanged,
+    ShareStage,
+    ShareState,
+    ShareStates,
+)
+from host_agent.groups import collapsed
+from host_agent.paths import Home, InstancePaths
+from host_agent.process import ProcessIdentity, describe_exit
+from protocol.api import Mount, Mounts, MountSpec, MountState
+from protocol.errors import AgentctlProtocolError, LinkClosed
+from protocol.link import Link, Service
+from protocol.session import Role
+
+logger = logging.getLogger(__name__)
+
+#: Before it is started again, doubling: 0.05 s, 0.1 s ... 5 s. The guest's calls wait for 30 s.
+FIRST_DELAY = 0.05
+MOST_DELAY = 5.0
+
+#: One that lived as long as this was sound; what ended it is no sign that the next will end, too. Seconds.
+SOUND_LIFE = 10.0
+
+#: Short lives in a row after which it is said that it does not stay up.
+MANY_FAILURES = 3
+
+#: How long it may take to end when its control socket has ended, and to die when it is killed, seconds.
+END_TIME = 5.0
+
+#: How long whoever asks for the mounts waits for what the file server says of them, seconds.
+ANSWER_TIME = 2.0
+
+#: How long whoever adds a mount waits for the guest to mount it, seconds.
+SETTLE_TIME = 10.0
+
+#: Characters of an explanation in a row: MAX_MOUNTS rows with their paths fit into one frame.
+MAX_WORDS = 512
+
+PROGRAM: Final = (sys.executable, "-m", "host_agent.fileserver")
+
+LOGS_HINT = "see: agentctl logs --component files"
+
+_OF_HOST = {
+    ShareStage.MISSING: MountState.MISSING,
+    ShareStage.DENIED: MountState.DENIED,
+    ShareStage.NOT_A_DIRECTORY: MountState.NOT_A_DIRECTORY,
+    ShareStage.FULL: MountState.FULL,
+}
+_OF_GUEST = {
+    GuestStage.WAITING: MountState.WAITING,
+    GuestStage.MOUNTED: MountState.MOUNTED,
+    GuestStage.FAILED: MountState.FAILED,
+}
+
+#: What a state means where nobody says it better; {} is the folder on the host.
+_MEANING = {
+    MountState.MOUNTED: ("", ""),
+    MountState.WAITING: ("the VM has not mounted it yet", ""),
+    MountState.MISSING: ("{} is missing on the host", "once it is there again, so is the mount"),
+    MountState.DENIED: ("the host does not let you into {}", "see: ls -ld {}"),
+    MountState.NOT_A_DIRECTORY: ("{} is not a folder any more", "see: ls -ld {}"),
+    MountState.FULL: ("the host's disk is full at {}", "make room: df -h {}"),
+    MountState.FAILED: ("the VM could not mount it", "see: agentctl logs --component guest"),
+}
+
+
+class Say(Protocol):
+    """``EventLog.say``."""
+
+    def __call__(self, kind: str, message: str, **fields: str) -> None: ...
+
+
+def row(spec: MountSpec, known: ShareState | None, trouble: str = "", *, connected: bool = True) -> Mount:
+    """A mount as the user is told of it. ``known`` is None while there is no file server to ask."""
+    if known is None:
+        if trouble:
+            return Mount(spec, MountState.FAILED, trouble[:MAX_WORDS], LOGS_HINT)
+        return Mount(spec, MountState.WAITING, "the file server is being started")
+    state = _OF_HOST.get(known.stage) or _OF_GUEST[known.guest]
+    reason, hint = (words.replace("{}", spec.host_path) for words in _MEANING[state])
+    if known.reason:
+        reason, hint = known.reason.removesuffix("."), known.hint.removesuffix(".")
+    if state is MountState.MOUNTED and not connected:
+        state, reason, hint = MountState.WAITING, "the VM's files agent does not answer just now", ""
+    return Mount(
+        spec,
+        state,
+        reason[:MAX_WORDS],
+        hint[:MAX_WORDS],
+        nodes=known.nodes,
+        descriptors=known.descriptors,
+        lost=known.lost,
+        calls=known.calls,
+        clock_skew_ms=known.clock_skew_ms,
+    )
+
+
+class FileService:
+    """Serves ``specs``. ``remember`` is given a list that has grown; ``say`` is told what users may want to know."""
+
+    def __init__(
+        self,
+        home: Home,
+        paths: InstancePaths,
+        specs: Sequence[MountSpec],
+        say: Say,
+        remember: Callable[[tuple[MountSpec, ...]], None],
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        self._specs = tuple(specs)
+        self._log = paths.files_log
+        self._identity = paths.files_identity
+        self._say = say
+        self._remember = remember
+        self._argv = [
+            *program,
+            *("--guest-socket", str(paths.files_socket)),
+            *("--journal", str(paths.files_journal)),
+            *(f"--hide={folder}" for folder in _private_folders(home)),
+        ]
+        self._link: Link | None = None
+        self._known: dict[int, ShareState] = {}
+        self._connected = False
+        self._mounted: set[int] = set()
+        self._told: dict[str, MountState] = {}
+        self._failures = 0
+        self._trouble = ""
+        self._news = trio.Event()
+        self.pid = 0
+        self.restarts = 0
+
+    @property
+    def specs(self) -> tuple[MountSpec, ...]:
+        return self._specs
+
+    def mounted(self) -> list[MountSpec]:
+        """What the guest has mounted, whether or not its calls are answered just now.
+
+        Where it never was, the guest has a folder of its own, or none.
+        """
+        ids = mounts.numbers(self._specs)
+        return [spec for spec in self._specs if ids[spec.guest_path] in self._mounted]
+
+    async def report(self) -> Mounts:
+        """All mounts, with what the file server says of them now if it answers soon."""
+        await trio.lowlevel.checkpoint()
+        if self._link is not None:
+            with suppress(AgentctlProtocolError):
+                self._learn(await self._link.request(GetShares(), timeout=ANSWER_TIME))
+        return self.current()
+
+    def current(self) -> Mounts:
+        """All mounts as they are known to be; their counters may be old."""
+        ids = mounts.numbers(self._specs)
+        return Mounts(
+            [
+                row(spec, self._known.get(ids[spec.guest_path]), self._trouble, connected=self._connected)
+                for spec in mounts.parents_first(self._specs)
+            ]
+        )
+
+    async def add(self, specs: Sequence[MountSpec]) -> Mounts:
+        """Mount ``specs`` as well. Returns when they are, or failed, or took too long.
+
+        Raises ``UserError`` if they cannot be beside those that are there, ``OSError`` if the list cannot be
+        kept for the next start; then nothing has changed.
+        """
+        more = tuple(dict.fromkeys((*self._specs, *specs)))
+        mounts.check(more)
+        self._remember(more)
+        self._specs = more
+        if self._link is not None:
+            # If it dies meanwhile, the next one is told the whole list.
+            with suppress(AgentctlProtocolError):
+                self._learn(await self._link.request(self._request()))
+        with trio.move_on_after(SETTLE_TIME):
+            while self._is_any_waiting(specs):
+                await self._news.wait()
+        return self.current()
+
+    def _is_any_waiting(self, specs: Sequence[MountSpec]) -> bool:
+        return any(
+            mount.state is MountState.WAITING and mount.spec in specs for mount in self.current().mounts
+        )
+
+    # --- one process after another ------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve until cancelled; then the process has ended."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(agentlog.keep_bounded, self._log)
+            while True:
+                started = trio.current_time()
+                ending = await self._live()
+                self._lose(ending, trio.current_time() - started)
+                await trio.sleep(min(MOST_DELAY, FIRST_DELAY * 2 ** min(self._failures, 16)))
+
+    def _lose(self, ending: str, lived: float) -> None:
+        self._failures = 0 if lived >= SOUND_LIFE else self._failures + 1
+        self.restarts += 1
+        self._learn(ShareStates([]))
+        if self._failures < MANY_FAILURES:
+            self._say("file-server", f"{ending}; starting it again")
+        elif self._failures == MANY_FAILURES:
+            self._trouble = f"the file server does not stay up: {ending}"
+            self._say("file-server", self._trouble, hint=LOGS_HINT)
+
+    async def _live(self) -> str:
+        """One process, to its end; how it ended, in a clause."""
+        process: trio.Process | None = None
+        try:
+            await _end_predecessor(self._identity)
+            with collapsed():
+                async with _started(self._argv, self._log) as (process, control):
+                    self._record(process.pid)
+                    self.pid = process.pid
+                    await self._talk(control)
+        except OSError as error:
+            return f"the file server could not be started: {error.strerror or error}"
+        except AgentctlProtocolError as error:
+            logger.info("file server lost: %s", error)
+            return describe_exit("the file server", process.returncode if process else None)
+        finally:
+            self.pid = 0
+        raise AssertionError("a file server does not end in good order by itself")
+
+    def _record(self, pid: int) -> None:
+        """For whoever comes after us. A full disk must not be what keeps the folders away: it is only logged."""
+        try:
+            ProcessIdentity.of_child(pid).write(self._identity)
+        except OSError as error:
+            logger.error("which process the file server is could not be saved: %s", error)
+
+    async def _talk(self, control: trio.abc.Stream) -> None:
+        """Tell it what to serve, and hear how that goes. Raises ``AgentctlProtocolError`` when it has gone."""
+        service = Service()
+        service.on_notice(SharesChanged, self._on_changed)
+        link = Link(control, Role.CLIENT, service, hello("agentctl-host"))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_until_over, link)
+            with self._linked(link):
+                self._learn(await link.request(self._request()))
+                await trio.sleep_forever()
+
+    @contextmanager
+    def _linked(self, link: Link) -> Iterator[None]:
+        self._link = link
+        try:
+            yield
+        finally:
+            self._link = None
+
+    def _request(self) -> ServeShares:
+        ids = mounts.numbers(self._specs)
+        return ServeShares(
+            [
+                SharedFolder(
+                    id=ids[spec.guest_path],
+                    host_path=spec.host_path,
+                    guest_path=spec.guest_path,
+                    read_only=spec.read_only,
+                    host_locks=spec.host_locks,
+                )
+                for spec in mounts.parents_first(self._specs)
+            ]
+        )
+
+    # --- what it says -------------------------------------------------------------------------------
+
+    async def _on_changed(self, notice: SharesChanged) -> None:
+        await trio.lowlevel.checkpoint()
+        self._learn(notice.states)
+
+    def _learn(self, states: ShareStates) -> None:
+        self._known = {state.id: state for state in states.shares}
+        self._connected = states.connected
+        for state in states.shares:
+            if state.guest is GuestStage.MOUNTED:
+                self._mounted.add(state.id)
+            elif state.guest is GuestStage.FAILED:
+                self._mounted.discard(state.id)
+        if self._known:
+            self._trouble = ""
+        for mount in self.current().mounts:
+            self._tell(mount)
+        self._news.set()
+        self._news = trio.Event()
+
+    def _tell(self, mount: Mount) -> None:
+        """Say a state that is not the one last said. To wait is not worth a word: it passes, or fails."""
+        path, before = mount.spec.guest_path, self._told.get(mount.spec.guest_path)
+        if mount.state is before or mount.state is MountState.WAITING or not self._known:
+            return
+        self._told[path] = mount.state
+        if mount.state is MountState.MOUNTED:
+            message = f"mounted {path}" if before is None else f"the mount {path} is there again"
+        else:
+            message = f"the mount {path}: {mount.reason}"
+        self._say("mount", message, path=path, state=mount.state.value, hint=mount.hint)
+
+
+def _private_folders(home: Home) -> list[Path]:
+    """This home, and the usual one if there is one: nothing in the VM has business in either."""
+    folders = dict.fromkeys((home.root, Home.usual().root))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+async def _end_predecessor(identity: Path) -> None:
+    """Wait for the file server of a host agent that was killed: two must not write one journal.
+
+    It sees its control socket end, as ours would. Raises ``OSError`` if it cannot be ended.
+    """
+    predecessor = ProcessIdentity.read(identity)
+    if predecessor is None:
+        return
+    with trio.move_on_after(END_TIME):
+        await predecessor.wait()
+        return
+    predecessor.send_signal(signal.SIGKILL)
+    with trio.move_on_after(END_TIME):
+        await predecessor.wait()
+        return
+    raise OSError(errno.EBUSY, f"the one before it, pid {predecessor.pid}, does not end")
+
+
+async def _until_over(link: Link, task_status: trio.TaskStatus[Link]) -> None:
+    await link.run(task_status)
+    raise LinkClosed("the file server has ended")
+
+
+@asynccontextmanager
+async def _started(argv: Sequence[str], log: Path) -> AsyncIterator[tuple[trio.Process, trio.SocketStream]]:
+    """The process, and our end of its control socket. At the end it is told to end, and killed if it does not.
+
+    Raises ``OSError`` if it cannot be started.
+    """
+    ours, theirs = socket.socketpair()
+    control = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    async with control:
+        with theirs:
+            process = await _open(argv, log, theirs.fileno())
+        try:
+            yield process, control
+        finally:
+            with trio.CancelScope(shield=True):
+                await control.aclose()
+                await _end(process)
+
+
+async def _open(argv: Sequence[str], log: Path, control: int) -> trio.Process:
+    # O_APPEND: when the log grew too large and is emptied, it goes on at its start.
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return await trio.lowlevel.open_process(
+            [*argv, "--control-fd", str(control)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[control],
+            cwd="/",
+        )
+    finally:
+        os.close(output)
+
+
+async def _end(process: trio.Process) -> None:
+    with trio.move_on_after(END_TIME):
+        await process.wait()
+        return
+    process.kill()
+    with trio.move_on_after(END_TIME):
+        await process.wait()
+        return
+    # It waits for a disk that does not answer, where no signal reaches it.
+    logger.error("the file server, pid %d, cannot be ended", process.pid)
