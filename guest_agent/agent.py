@@ -20,11 +20,12 @@ import trio
 from guest_agent import dial, execute
 from guest_agent.ports import PortDetector
 from guest_agent.system import System
-from guest_agent.transports import StandIn, open_port
+from guest_agent.transports import open_port
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.link import Link, Role, SerialChannel, Service
 from protocol.messages import Hello
+from protocol.serial import SocketPort
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,6 @@ def unix_transport(path: Path) -> OpenTransport:
     """A unix socket that stands in for the port: the same bytes, without a VM."""
 
     async def connect() -> trio.abc.Stream:
-        return StandIn(await trio.open_unix_socket(str(path)))
+        return SocketPort(await trio.open_unix_socket(str(path)))
 
     return connect

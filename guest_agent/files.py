@@ -25,11 +25,12 @@ from guest_agent import fdstore
 from guest_agent.fuse.host import Host
 from guest_agent.fuse.mounts import Mounts
 from guest_agent.fuse.notifier import Notifiers
-from guest_agent.transports import StandIn, open_port
+from guest_agent.transports import open_port
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, NamesGone
 from protocol.link import Hello, Link, Role, SerialChannel, Service
+from protocol.serial import SocketPort
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def transport_of(arguments: list[str]) -> OpenTransport:
     """The transport that the command line asks for. Raises ``ValueError``."""
 
     async def connect(path: str) -> trio.abc.Stream:
-        return StandIn(await trio.open_unix_socket(path))
+        return SocketPort(await trio.open_unix_socket(path))
 
     match arguments:
         case []:

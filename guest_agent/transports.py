@@ -56,14 +56,15 @@ class PortStream(trio.abc.Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """At least one byte, however long it takes. Raises ``BrokenResourceError`` if the port goes."""
-        await trio.lowlevel.checkpoint()
         while True:
+            # First: it is a checkpoint, and the only one that a read needs.
+            await trio.lowlevel.wait_readable(self._open_fd())
             try:
                 if data := os.read(self._open_fd(), max_bytes or RECEIVE_BYTES):
                     self._receive_backoff.reset()
                     return data
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._fd)
+                continue
             except OSError as error:
                 raise trio.BrokenResourceError(f"the port is gone: {error}") from error
             else:
@@ -77,6 +78,20 @@ class PortStream(trio.abc.Stream):
                 sent = 0
                 while sent < len(view):
                     sent += await self._send_some(view[sent : sent + SEND_BYTES])
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        """Hand ``data``, of ``SEND_BYTES`` at the most, to the port if it takes that now; False if not."""
+        if self._sending.locked() or len(data) > SEND_BYTES:
+            return False
+        try:
+            written = os.write(self._open_fd(), data)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise trio.BrokenResourceError(f"the port is gone: {error}") from error
+        if written < len(data):  # the driver copies it whole
+            raise trio.BrokenResourceError(f"the port took {written} of {len(data)} bytes")
+        return True
 
     async def _send_some(self, data: memoryview) -> int:
         waited = False
@@ -109,27 +124,6 @@ class PortStream(trio.abc.Stream):
         if self._fd < 0:
             raise trio.ClosedResourceError("the port was closed")
         return self._fd
-
-
-class StandIn(trio.abc.Stream):
-    """A socket in place of a port. A socket that has ended is over, so an end of file breaks it."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if data := await self._stream.receive_some(max_bytes):
-            return bytes(data)
-        raise trio.BrokenResourceError("the other end of the socket was closed")
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
 
 
 async def open_port(path: Path) -> PortStream:

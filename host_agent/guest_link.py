@@ -20,6 +20,7 @@ from protocol.errors import AgentctlProtocolError, LinkError
 from protocol.frames import MAX_PAYLOAD
 from protocol.link import Link, MuxStream, SerialChannel, Service
 from protocol.messages import Hello
+from protocol.serial import SocketPort
 from protocol.session import MAX_BACKLOG, Role
 
 logger = logging.getLogger(__name__)
@@ -30,28 +31,6 @@ PATIENCE = 20.0
 
 #: Between two attempts, seconds. There is nothing to wait on: QEMU makes its socket when it gets there.
 RECONNECT_DELAY = 0.1
-
-
-class _QemuSocket(trio.abc.Stream):
-    """QEMU's end of a virtio-serial port. Its end of file is QEMU's own end, so there will be no more."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self._stream = stream
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        data = await self._stream.receive_some(max_bytes)
-        if not data:
-            raise trio.BrokenResourceError("QEMU closed the port")
-        return data
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
 
 
 class GuestLink:
@@ -104,9 +83,9 @@ class GuestLink:
                 await self._sessions(transport)
             await trio.sleep(RECONNECT_DELAY)
 
-    async def _sessions(self, transport: trio.abc.Stream) -> None:
+    async def _sessions(self, transport: trio.SocketStream) -> None:
         """Sessions over one connection to QEMU, until QEMU closes it."""
-        channel = SerialChannel(_QemuSocket(transport))
+        channel = SerialChannel(SocketPort(transport, "QEMU closed the port"))
         while True:
             try:
                 stream = await channel.establish()

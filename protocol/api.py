@@ -292,15 +292,18 @@ class MountState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MountSpec:
-    """A folder of the host's and where the VM is to see it. Both paths are absolute and normal.
+    """A folder of the host's and where the VM is to see it. All paths are absolute and normal.
 
-    ``host_locks``: flock(2) and fcntl(2) locks reach the host.
+    ``host_locks``: flock(2) and fcntl(2) locks reach the host. ``real_path`` is what ``host_path`` meant when the
+    user chose it, without symlinks, and what is served; "" until somebody has looked. Two that differ in nothing
+    else are equal.
     """
 
     host_path: str
     guest_path: str
     read_only: bool = False
     host_locks: bool = False
+    real_path: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,6 @@ class Written:
     size: int
     offset: int
     attr: bytes
-    stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)

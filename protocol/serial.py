@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from protocol.errors import LinkError
-from protocol.resync import NONCE_SIZE, Resync, State
+from protocol.resync import MAX_RECORD, NONCE_SIZE, Resync, State
 
 # Bytes per read: a record of the largest size takes two.
 READ_SIZE: Final = 128 * 1024
@@ -24,6 +24,48 @@ MAX_HELD: Final = 1024 * 1024
 ABSENT_PAUSE: Final = 0.1
 
 _BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class SocketPort(trio.abc.Stream):
+    """A unix stream socket as a port: QEMU's end of one on the host, or what stands in for one in a guest.
+
+    Owns ``stream``. A socket that has ended is over for good: its end of file breaks it, with ``gone`` as the reason.
+    """
+
+    def __init__(
+        self, stream: trio.SocketStream, gone: str = "the other end of the socket was closed"
+    ) -> None:
+        self._stream = stream
+        self._gone = gone
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if data := await self._stream.receive_some(max_bytes):
+            return data
+        raise trio.BrokenResourceError(self._gone)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send ``data`` if the socket has room for it; False if nothing was sent.
+
+        The kernel takes what fits into one buffer of its (16 KiB do) whole or not at all (unix_stream_sendmsg).
+        """
+        try:
+            sent = os.write(self._stream.socket.fileno(), data)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise trio.BrokenResourceError(f"{self._gone}: {error}") from error
+        if sent < len(data):
+            raise trio.BrokenResourceError(f"the socket took {sent} of {len(data)} bytes")
+        return True
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class SerialChannel:
@@ -107,6 +149,11 @@ class SerialChannel:
         self.resync.receive_data(data)
         return bool(data)
 
+    def write_nowait(self, data: bytes) -> bool:
+        """Write something whole, if the transport can do that without waiting; False if nothing was written."""
+        send_nowait = getattr(self.transport, "send_nowait", None)
+        return send_nowait is not None and not self.torn and bool(send_nowait(data))
+
     async def write(self, data: bytes) -> None:
         """Write something whole: a record or a preamble."""
         self.torn = True
@@ -129,16 +176,20 @@ class SerialStream(trio.abc.Stream):
         self._cut = False  # a record was begun and never ended
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        await trio.lowlevel.checkpoint()
         resync = self._channel.resync
+        waited = False
         while True:
             self._check_closed()
             if data := resync.read(max_bytes):
-                return data
+                break
             if self._absent:
-                return b""
+                break
             self._check_current()
             self._absent = not await self._channel.receive()
+            waited = True
+        if not waited:
+            await trio.lowlevel.checkpoint()
+        return data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await trio.lowlevel.checkpoint()
@@ -155,6 +206,17 @@ class SerialStream(trio.abc.Stream):
             self._cut = False
         finally:
             self._sending = False
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        """Send ``data`` if that needs no waiting; False if nothing of it was sent. Raises as ``send_all``.
+
+        For a few KiB: the transport must take one record whole or not at all.
+        """
+        self._check_closed()
+        self._check_current()
+        if self._sending or self._cut or len(data) > MAX_RECORD:
+            return False
+        return self._channel.write_nowait(*self._channel.resync.records(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         self._check_closed()

@@ -323,6 +323,35 @@ async def test_a_paused_link_reads_no_more_calls(autojump_clock: trio.testing.Mo
         await link.goodbye()
 
 
+async def test_what_is_written_is_told_and_the_backlog_known(autojump_clock: trio.testing.MockClock) -> None:
+    """What is being written counts as well: its memory is not free before that is over."""
+    ours, peer = trio.testing.memory_stream_pair()
+    service = Answering()
+    link = Link(ours, Role.HOST, service, Hello(), max_payload=1 << 20, max_backlog=64 << 20)
+    gate, told = trio.Semaphore(0), list[int]()
+    link.on_written = lambda: told.append(link.backlog >> 20)
+    async with trio.open_nursery() as nursery:
+        await peer.send_all(wire(Hello(), *(Call(number, 30, []) for number in (1, 3, 5, 7))))
+        await nursery.start(link.run)
+        await settle()
+        assert link.backlog == 0
+        told.clear()
+        ours.send_stream.send_all_hook = gate.acquire
+        for call, backlog in zip(service.calls, (1, 2, 3, 4), strict=True):
+            link.answer(call.id, 0, [], bytes(1 << 20))
+            await settle()
+            assert link.backlog >> 20 == backlog
+        assert told == []
+        gate.release()  # the first
+        await settle()
+        assert (told, link.backlog >> 20) == ([3], 3)
+        gate.release()  # the other three, at once
+        await settle()
+        assert (told, link.backlog) == ([3, 0], 0)
+        ours.send_stream.send_all_hook = None
+        await link.goodbye()
+
+
 async def test_a_paused_link_still_ends(autojump_clock: trio.testing.MockClock) -> None:
     ours, peer = trio.testing.memory_stream_pair()
     service = Service()
