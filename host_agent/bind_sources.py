@@ -98,6 +98,10 @@ class Share(Protocol):
     def host_path(self) -> str | os.PathLike[str]: ...
 
     @property
+    def real_path(self) -> str:
+        """Where that really is; "" if it is there."""
+
+    @property
     def guest_path(self) -> str | os.PathLike[str]: ...
 
 
@@ -132,6 +136,12 @@ class _Place:
 
     host: str
     guest: str
+    real: str
+
+    @classmethod
+    def of(cls, share: Share) -> _Place:
+        host = os.fspath(share.host_path)
+        return cls(_clean(host), _clean(os.fspath(share.guest_path)), _clean(share.real_path or host))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +150,7 @@ class _Table:
 
     @classmethod
     def of(cls, shares: Iterable[Share]) -> _Table:
-        places = (_Place(_clean(os.fspath(s.host_path)), _clean(os.fspath(s.guest_path))) for s in shares)
+        places = (_Place.of(share) for share in shares)
         # The innermost first: it is mounted over the others.
         return cls(sorted(places, key=lambda place: -len(place.guest)))
 
@@ -153,7 +163,7 @@ class _Table:
         place = self.find(path)
         if place is None or path == place.guest:
             return None
-        return posixpath.join(place.host, path.removeprefix(place.guest).lstrip("/"))
+        return posixpath.join(place.real, path.removeprefix(place.guest).lstrip("/"))
 
     def elsewhere(self, path: str) -> str | None:
         """The guest's name of a path of the host that is shared under another one."""

@@ -2,8 +2,8 @@
 
 The laws: it never outlives the host agent, since the end of its control socket is its own end; and it is
 started again whenever it ends, for good or ill. Being killed costs the guest a wait and nothing else: the
-journal has what the next one needs to know. So none of its ends is an error here, but one that does not
-stay up is said in every row of ``agentctl mounts``.
+journal has what the next one needs to know, and the descriptor store what it could not open again. So none of
+its ends is an error here, but one that does not stay up is said in every row of ``agentctl mounts``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -24,6 +25,7 @@ import trio
 
 from host_agent import agentlog, mounts
 from host_agent.client import hello
+from host_agent.descriptor_store import DescriptorStore
 from host_agent.fileserver.control import (
     GetShares,
     GuestStage,
@@ -82,6 +84,9 @@ _OF_GUEST = {
     GuestStage.FAILED: MountState.FAILED,
 }
 
+#: Of these it matters more that it is not the folder which the user thinks of.
+_OF_THE_FOLDER = (MountState.MOUNTED, MountState.MISSING, MountState.DENIED, MountState.NOT_A_DIRECTORY)
+
 #: What a state means where nobody says it better; {} is the folder on the host.
 _MEANING = {
     MountState.MOUNTED: ("", ""),
@@ -100,8 +105,17 @@ class Say(Protocol):
     def __call__(self, kind: str, message: str, **fields: str) -> None: ...
 
 
-def row(spec: MountSpec, known: ShareState | None, trouble: str = "", *, connected: bool = True) -> Mount:
-    """A mount as the user is told of it. ``known`` is None while there is no file server to ask."""
+def row(
+    spec: MountSpec,
+    known: ShareState | None,
+    trouble: str = "",
+    *,
+    connected: bool = True,
+    strayed: str = "",
+) -> Mount:
+    """A mount as the user is told of it. ``known`` is None while there is no file server to ask; ``strayed`` is the
+    folder that its path on the host means now if that is not the one which is mounted.
+    """
     if known is None:
         if trouble:
             return Mount(spec, MountState.FAILED, trouble[:MAX_WORDS], LOGS_HINT)
@@ -112,6 +126,9 @@ def row(spec: MountSpec, known: ShareState | None, trouble: str = "", *, connect
         reason, hint = known.reason.removesuffix("."), known.hint.removesuffix(".")
     if state is MountState.MOUNTED and not connected:
         state, reason, hint = MountState.WAITING, "the VM's files agent does not answer just now", ""
+    if strayed and state in _OF_THE_FOLDER:
+        reason = f"{spec.host_path} has come to mean {strayed}; what the VM was given is {spec.real_path}"
+        hint = f"if the VM is to see {strayed}: agentctl up {_flag(spec)} (and the others)"
     return Mount(
         spec,
         state,
@@ -123,6 +140,12 @@ def row(spec: MountSpec, known: ShareState | None, trouble: str = "", *, connect
         calls=known.calls,
         clock_skew_ms=known.clock_skew_ms,
     )
+
+
+def _flag(spec: MountSpec) -> str:
+    """What asks for this mount again."""
+    options = (":ro" if spec.read_only else "") + (",locks=host" if spec.host_locks else "")
+    return f"--mount {shlex.quote(f'{spec.host_path}:{spec.guest_path}{options}')}"
 
 
 class FileService:
@@ -137,7 +160,7 @@ class FileService:
         remember: Callable[[tuple[MountSpec, ...]], None],
         program: Sequence[str] = PROGRAM,
     ) -> None:
-        self._specs = tuple(specs)
+        self._specs = mounts.resolved(specs)
         self._log = paths.files_log
         self._identity = paths.files_identity
         self._say = say
@@ -148,6 +171,10 @@ class FileService:
             *("--journal", str(paths.files_journal)),
             *(f"--hide={folder}" for folder in _private_folders(home)),
         ]
+        self._strayed: dict[str, str] = {}
+        self._looking = trio.CapacityLimiter(1)
+        if [spec.real_path for spec in self._specs] != [spec.real_path for spec in specs]:
+            self._keep_where_they_are()
         self._link: Link | None = None
         self._known: dict[int, ShareState] = {}
         self._connected = False
@@ -172,8 +199,8 @@ class FileService:
         return [spec for spec in self._specs if ids[spec.guest_path] in self._mounted]
 
     async def report(self) -> Mounts:
-        """All mounts, with what the file server says of them now if it answers soon."""
-        await trio.lowlevel.checkpoint()
+        """All mounts, with what the file server and the disk say of them now if they answer soon."""
+        await self._look_where_paths_lead()
         if self._link is not None:
             with suppress(AgentctlProtocolError):
                 self._learn(await self._link.request(GetShares(), timeout=ANSWER_TIME))
@@ -184,7 +211,13 @@ class FileService:
         ids = mounts.numbers(self._specs)
         return Mounts(
             [
-                row(spec, self._known.get(ids[spec.guest_path]), self._trouble, connected=self._connected)
+                row(
+                    spec,
+                    self._known.get(ids[spec.guest_path]),
+                    self._trouble,
+                    connected=self._connected,
+                    strayed=self._strayed.get(spec.guest_path, ""),
+                )
                 for spec in mounts.parents_first(self._specs)
             ]
         )
@@ -195,7 +228,7 @@ class FileService:
         Raises ``UserError`` if they cannot be beside those that are there, ``OSError`` if the list cannot be
         kept for the next start; then nothing has changed.
         """
-        more = tuple(dict.fromkeys((*self._specs, *specs)))
+        more = tuple(dict.fromkeys((*self._specs, *mounts.resolved(specs))))
         mounts.check(more)
         self._remember(more)
         self._specs = more
@@ -208,6 +241,23 @@ class FileService:
                 await self._news.wait()
         return self.current()
 
+    def _keep_where_they_are(self) -> None:
+        """The list is of an agentctl that did not say so; until it is kept, the next start would look again."""
+        try:
+            self._remember(self._specs)
+        except OSError as error:
+            logger.error("where the folders really are could not be saved: %s", error)
+
+    async def _look_where_paths_lead(self) -> None:
+        """Learn of paths that mean another folder now. A disk that does not answer is waited for by one only."""
+        await trio.lowlevel.checkpoint()
+        if not self._looking.available_tokens:
+            return
+        with trio.move_on_after(ANSWER_TIME):
+            self._strayed = await trio.to_thread.run_sync(
+                mounts.strayed, self._specs, abandon_on_cancel=True, limiter=self._looking
+            )
+
     def _is_any_waiting(self, specs: Sequence[MountSpec]) -> bool:
         return any(
             mount.state is MountState.WAITING and mount.spec in specs for mount in self.current().mounts
@@ -219,11 +269,15 @@ class FileService:
         """Serve until cancelled; then the process has ended."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agentlog.keep_bounded, self._log)
-            while True:
-                started = trio.current_time()
-                ending = await self._live()
-                self._lose(ending, trio.current_time() - started)
-                await trio.sleep(min(MOST_DELAY, FIRST_DELAY * 2 ** min(self._failures, 16)))
+            with closing(DescriptorStore()) as store:
+                await self._live_again_and_again(store)
+
+    async def _live_again_and_again(self, store: DescriptorStore) -> None:
+        while True:
+            started = trio.current_time()
+            ending = await self._live(store)
+            self._lose(ending, trio.current_time() - started)
+            await trio.sleep(min(MOST_DELAY, FIRST_DELAY * 2 ** min(self._failures, 16)))
 
     def _lose(self, ending: str, lived: float) -> None:
         self._failures = 0 if lived >= SOUND_LIFE else self._failures + 1
@@ -235,16 +289,18 @@ class FileService:
             self._trouble = f"the file server does not stay up: {ending}"
             self._say("file-server", self._trouble, hint=LOGS_HINT)
 
-    async def _live(self) -> str:
+    async def _live(self, store: DescriptorStore) -> str:
         """One process, to its end; how it ended, in a clause."""
         process: trio.Process | None = None
         try:
             await _end_predecessor(self._identity)
-            with collapsed():
-                async with _started(self._argv, self._log) as (process, control):
+            with collapsed(), store.opened() as (ours, theirs):
+                async with _started(self._argv, self._log, theirs) as (process, control):
                     self._record(process.pid)
                     self.pid = process.pid
-                    await self._talk(control)
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(store.follow, ours)
+                        await self._talk(control)
         except OSError as error:
             return f"the file server could not be started: {error.strerror or error}"
         except AgentctlProtocolError as error:
@@ -286,7 +342,7 @@ class FileService:
             [
                 SharedFolder(
                     id=ids[spec.guest_path],
-                    host_path=spec.host_path,
+                    host_path=spec.real_path,
                     guest_path=spec.guest_path,
                     read_only=spec.read_only,
                     host_locks=spec.host_locks,
@@ -359,16 +415,19 @@ async def _until_over(link: Link, task_status: trio.TaskStatus[Link]) -> None:
 
 
 @asynccontextmanager
-async def _started(argv: Sequence[str], log: Path) -> AsyncIterator[tuple[trio.Process, trio.SocketStream]]:
-    """The process, and our end of its control socket. At the end it is told to end, and killed if it does not.
+async def _started(
+    argv: Sequence[str], log: Path, store: socket.socket
+) -> AsyncIterator[tuple[trio.Process, trio.SocketStream]]:
+    """The process, which is given ``store``, and our end of its control socket. At the end it is told to end, and
+    killed if it does not.
 
     Raises ``OSError`` if it cannot be started.
     """
     ours, theirs = socket.socketpair()
     control = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     async with control:
-        with theirs:
-            process = await _open(argv, log, theirs.fileno())
+        with theirs, store:
+            process = await _open(argv, log, theirs.fileno(), store.fileno())
         try:
             yield process, control
         finally:
@@ -377,16 +436,16 @@ async def _started(argv: Sequence[str], log: Path) -> AsyncIterator[tuple[trio.P
                 await _end(process)
 
 
-async def _open(argv: Sequence[str], log: Path, control: int) -> trio.Process:
+async def _open(argv: Sequence[str], log: Path, control: int, store: int) -> trio.Process:
     # O_APPEND: when the log grew too large and is emptied, it goes on at its start.
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return await trio.lowlevel.open_process(
-            [*argv, "--control-fd", str(control)],
+            [*argv, "--control-fd", str(control), "--store-fd", str(store)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=[control],
+            pass_fds=[control, store],
             cwd="/",
         )
     finally:

@@ -2,8 +2,10 @@
 
 The laws: a mount hides nothing that the VM itself needs, and no two are at the same place; what a user chose
 is not widened without being said. A path of the guest is compared as it is written, a path of the host by
-where it really is, since the guest does not have the host's symlinks. The list keeps the order in which its
-mounts came, which is what makes their numbers lasting. Whatever asks this machine is at the end.
+where it really is, since the guest does not have the host's symlinks. Where that is, is found when a folder is
+chosen, and kept: of a folder inside another mount, a guest can make a symlink to anywhere. The list keeps the
+order in which its mounts came, which is what makes their numbers lasting. Whatever asks this machine is at
+the end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host_agent.errors import ExitCode, UserError
@@ -138,6 +140,8 @@ def check(specs: Sequence[MountSpec]) -> None:
     for spec in specs:
         _check_path(spec.host_path)
         _check_path(spec.guest_path)
+        if spec.real_path:
+            _check_path(spec.real_path)
         if its_own := _kept_for_the_vm(spec.guest_path):
             raise _refused(
                 f"{spec.guest_path} cannot be a mount: {its_own} is the VM's own",
@@ -223,8 +227,15 @@ def compare(current: Iterable[MountSpec], wanted: Iterable[MountSpec]) -> Change
     before = {spec.guest_path: spec for spec in current}
     after = {spec.guest_path: spec for spec in wanted}
     added = tuple(spec for path, spec in after.items() if path not in before)
-    later = sorted(path for path, spec in before.items() if after.get(path) != spec)
+    later = sorted(path for path, spec in before.items() if not _is_same(spec, after.get(path)))
     return Change(added, tuple(later))
+
+
+def _is_same(current: MountSpec, wanted: MountSpec | None) -> bool:
+    """A path of the host that has come to mean another folder since is another one, if that is known of both."""
+    if wanted is None or current != wanted:
+        return False
+    return not (current.real_path and wanted.real_path) or current.real_path == wanted.real_path
 
 
 # --- where a path is -------------------------------------------------------------------------------
@@ -259,7 +270,7 @@ def guest_path_of(
 
 def _visible(specs: Sequence[MountSpec], host_path: str, resolve: Resolve) -> tuple[MountSpec, str] | None:
     real = resolve(host_path)
-    roots = [(resolve(spec.host_path), spec) for spec in specs]
+    roots = [(spec.real_path or resolve(spec.host_path), spec) for spec in specs]
     for root, spec in sorted(roots, key=lambda pair: len(pair[0]), reverse=True):
         if is_below(real, root):
             guest_path = _normal(f"{spec.guest_path}/{real.removeprefix(root)}")
@@ -275,11 +286,30 @@ def _visible(specs: Sequence[MountSpec], host_path: str, resolve: Resolve) -> tu
 def default() -> tuple[MountSpec, ...]:
     """The user's home, at the same path; nothing for a user whose home cannot be one in the VM (``/``)."""
     home = _normal(os.path.expanduser("~"))
+    specs = resolved([MountSpec(home, home)])
     try:
-        check([MountSpec(home, home)])
+        check(specs)
     except UserError:
         return ()
-    return (MountSpec(home, home),)
+    return specs
+
+
+def resolved(specs: Iterable[MountSpec]) -> tuple[MountSpec, ...]:
+    """Those of which it is not known yet where they really are (of an older agentctl) are where they are now."""
+    return tuple(
+        spec if spec.real_path else replace(spec, real_path=os.path.realpath(spec.host_path))
+        for spec in specs
+    )
+
+
+def strayed(specs: Sequence[MountSpec]) -> dict[str, str]:
+    """By guest path, what paths of the host mean now that is not what is mounted. May wait for a disk."""
+    now = {spec.guest_path: os.path.realpath(spec.host_path) for spec in specs}
+    return {
+        spec.guest_path: now[spec.guest_path]
+        for spec in specs
+        if spec.real_path not in ("", now[spec.guest_path]) and os.path.exists(now[spec.guest_path])
+    }
 
 
 def here() -> str | None:
@@ -304,7 +334,7 @@ def chosen(texts: Sequence[str], private: Path) -> tuple[MountSpec, ...]:
         return ()
     asked = [_Asked.of(text) for text in texts]
     for folder in asked:
-        _require_folder(folder.host_path, private)
+        _require_folder(folder.host_path, folder.real_path, private)
     placed: dict[int, MountSpec] = {}
     # Those whose place is certain first: where the others are depends on what is around them.
     for number in sorted(range(len(asked)), key=lambda number: asked[number].is_uncertain):
@@ -320,32 +350,34 @@ class _Asked:
 
     words: Words
     host_path: str
+    real_path: str
 
     @classmethod
     def of(cls, text: str) -> _Asked:
         words = parse(text)
-        return cls(words, _absolute(words.host_path))
+        host_path = _absolute(words.host_path)
+        return cls(words, host_path, os.path.realpath(host_path))
 
     @property
     def is_uncertain(self) -> bool:
-        return not self.words.guest_path and os.path.realpath(self.host_path) != self.host_path
+        return not self.words.guest_path and self.real_path != self.host_path
 
     def placed(self, others: Sequence[MountSpec]) -> MountSpec:
-        wanted = self.words.guest_path
-        guest_path = _normal(wanted) if wanted else _place(self.host_path, others)
-        return MountSpec(self.host_path, guest_path, self.words.read_only, self.words.host_locks)
+        words = self.words
+        wanted = words.guest_path
+        guest_path = _normal(wanted) if wanted else _place(self.host_path, self.real_path, others)
+        return MountSpec(self.host_path, guest_path, words.read_only, words.host_locks, self.real_path)
 
 
-def _place(host_path: str, others: Sequence[MountSpec]) -> str:
+def _place(host_path: str, real: str, others: Sequence[MountSpec]) -> str:
     """The same path in the guest; but where it leads through a symlink inside another mount, its real one.
 
     The guest's kernel follows that symlink, so both names are right there. A symlink outside of all mounts
     (``/home`` of some systems) is not in the guest, and what is behind it keeps the name that people use.
     """
-    real = os.path.realpath(host_path)
     if real == host_path or not any(is_below(host_path, other.guest_path) for other in others):
         return host_path
-    return guest_path_of(others, host_path) or real
+    return guest_path_of(others, real) or real
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,12 +390,20 @@ class WithDirectory:
 
 
 def with_directory(specs: tuple[MountSpec, ...], directory: str | None, private: Path) -> WithDirectory:
-    """Add ``directory`` to ``specs`` if it is outside of all of them."""
+    """Add ``directory`` to ``specs`` if it is outside of all of them.
+
+    Not if its name is inside of one and a symlink leads out: the VM can make such symlinks, and would be given
+    whatever they mean.
+    """
     if directory is None or share_of(specs, directory):
         return WithDirectory(specs)
+    real = os.path.realpath(directory)
+    if any(is_below(directory, spec.host_path) for spec in specs):
+        warning = f"the VM does not see this folder: a symlink leads from a shared one to {real}"
+        return WithDirectory(specs, warning=f"{warning}; cd there to share it, too")
     try:
-        _require_folder(directory, private)
-        more = (*specs, MountSpec(directory, _place(directory, specs)))
+        _require_folder(directory, real, private)
+        more = (*specs, MountSpec(directory, _place(directory, real, specs), real_path=real))
         check(more)
     except UserError as error:
         return WithDirectory(specs, warning=f"the VM does not see this folder: {error.message}")
@@ -379,9 +419,8 @@ def _absolute(path: str) -> str:
     return os.path.realpath(joined) if ".." in joined.split("/") else _normal(joined)
 
 
-def _require_folder(path: str, private: Path) -> None:
-    """Raise ``UserError`` (USAGE) unless ``path`` is a folder of this user that a VM may see."""
-    real = os.path.realpath(path)
+def _require_folder(path: str, real: str, private: Path) -> None:
+    """Raise ``UserError`` (USAGE) unless ``path``, which means ``real``, is a folder of this user that a VM may see."""
     if real == "/" or any(is_below(real, kernel) for kernel in _OF_THE_KERNEL):
         raise _refused(
             f"{path} cannot be mounted: it is this machine itself", "mount the folders that are needed"
@@ -389,14 +428,14 @@ def _require_folder(path: str, private: Path) -> None:
     if is_below(real, os.path.realpath(private)):
         raise _refused(f"{path} cannot be mounted: it is in agentctl's own folder", "mount another folder")
     try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        is_folder = stat.S_ISDIR(os.stat(real).st_mode)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise _refused(f"{path} does not exist", f"make it first: mkdir -p {path}") from None
         raise _refused(f"{path} cannot be mounted: {error.strerror}", "see: ls -ld " + path) from None
     if not is_folder:
         raise _refused(f"{path} is not a folder", f"mount the folder that it is in: {os.path.dirname(path)}")
-    if not os.access(path, os.R_OK | os.X_OK):
+    if not os.access(real, os.R_OK | os.X_OK):
         raise _refused(f"{path} cannot be mounted: you may not read it", f"see: ls -ld {path}")
 
 

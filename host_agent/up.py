@@ -145,11 +145,13 @@ async def _mount_more(paths: InstancePaths, config: InstanceConfig) -> tuple[str
 
 
 def _mount_warnings(current: Mounts) -> tuple[str, ...]:
-    """One for each folder that the VM was to see and does not."""
+    """One for each folder that the VM was to see and does not, or of which it sees another one."""
+    strayed = mounts.strayed([mount.spec for mount in current.mounts])
     return tuple(
-        f"{mount.spec.guest_path} is not mounted: {mount.reason}" + (f" ({mount.hint})" if mount.hint else "")
+        f"{mount.spec.guest_path}{'' if mount.state is MountState.MOUNTED else ' is not mounted'}: {mount.reason}"
+        + (f" ({mount.hint})" if mount.hint else "")
         for mount in current.mounts
-        if mount.state is not MountState.MOUNTED
+        if mount.state is not MountState.MOUNTED or (mount.reason and mount.spec.guest_path in strayed)
     )
 
 

@@ -16,6 +16,7 @@ import trio
 from host_agent import groups
 from host_agent.agentlog import FORMAT
 from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.server import FileServer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m host_agent.fileserver")
     parser.add_argument("--guest-socket", type=Path, required=True, help="QEMU's socket of the port")
     parser.add_argument("--control-fd", type=int, required=True, help="a connected stream socket")
+    parser.add_argument("--store-fd", type=int, help="where descriptors outlive us: a SOCK_SEQPACKET socket")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--hide", action="append", default=[], help="a directory that guests see empty")
     return parser.parse_args()
@@ -56,14 +58,18 @@ def _raise_descriptor_limit() -> None:
 
 async def _serve(arguments: argparse.Namespace) -> None:
     control = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=arguments.control_fd)))
+    store = None if arguments.store_fd is None else socket.socket(fileno=arguments.store_fd)
+    keepsakes = Keepsakes(store)
     journal = Journal(arguments.journal)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope)
-            await FileServer(arguments.guest_socket, control, journal, arguments.hide).run()
+            server = FileServer(arguments.guest_socket, control, journal, arguments.hide, keepsakes)
+            await server.run()
             nursery.cancel_scope.cancel()
     finally:
         journal.close()
+        keepsakes.close()
     logger.info("the file server ends")
 
 

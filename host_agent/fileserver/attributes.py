@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from host_agent.fileserver import linux
 from host_agent.fileserver.core import Core, Outcome
-from host_agent.fileserver.linux import Status, failure
+from host_agent.fileserver.linux import failure
 from host_agent.fileserver.nodes import Node
 from host_agent.fileserver.signatures import is_stale, touched
 from protocol.api import Done
@@ -84,13 +84,10 @@ class AttributeOperations:
                 self._core.kill_privilege(node.descriptor, linux.fstatx(node.descriptor))
             self._set_times(node, call)
             after = linux.fstatx(node.descriptor)
-            stale = self._is_stale(node, before, after)
-            return Outcome(Attributes(self._core.attr(after), stale))
-
-    @staticmethod
-    def _is_stale(node: Node, before: Status, after: Status) -> bool:
-        with node.lock:
-            return touched(node, before, after)
+            with node.lock:
+                touched(node, before, after)
+                node.told = after.size
+            return Outcome(Attributes(self._core.attr(after)))
 
     @staticmethod
     def _set_owner(node: Node, call: SetAttributes) -> None:

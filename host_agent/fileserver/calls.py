@@ -4,6 +4,7 @@ The laws:
 - Every call is answered once in the session it came in, with a result or an errno; what it says can be wrong,
   and never stops the server. An answer for a session that is over goes nowhere, but what was done is remembered.
 - Before a batch of answers leaves, the journal has been written.
+- A call with a large answer begins when there is room for that (``Admission``); the others go on meanwhile.
 """
 
 from __future__ import annotations
@@ -14,18 +15,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from host_agent.fileserver.admission import Admission
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.ledger import Answer, CallKey, Ledger
+from host_agent.fileserver.names import MAX_LISTED_WITH_ATTRIBUTES
 from host_agent.fileserver.once import Glimpses, Once, Verdict, digest
 from host_agent.fileserver.shares import LOCK_CALLS, Share
+from host_agent.fileserver.snapshots import PIECE
 from host_agent.fileserver.tree import Outcome
 from host_agent.fileserver.workers import Completions
 from protocol import codec, messages
 from protocol.errors import DecodeError, LocalProtocolError
-from protocol.files import CALLS, Entry, FileCall, Forget, Lookup
+from protocol.files import ATTR, CALLS, MAX_DATA, Attributes, Entry, FileCall, Forget, List, Lookup, Read
 from protocol.link import Link
 
 logger = logging.getLogger(__name__)
+
+#: Calls, and bytes of their payloads, that may wait for threads, over all sessions: a guest has 1,024 calls in each,
+#: and a good one not more than 64 MiB of payloads. What a disk that hangs keeps waiting must not fill the memory.
+MAX_WAITING: Final = 8192
+MAX_WAITING_BYTES: Final = 256 << 20
 
 _DONE: Final[list[Any]] = []
 """A result without fields, encoded."""
@@ -41,12 +50,13 @@ class Asker:
 
 @dataclass(slots=True)
 class _Job:
-    """A call on its way through a thread; the last four fields are what came of it."""
+    """A call on its way through a thread; the last four fields are what comes of it."""
 
     call: FileCall[Any]
     payload: bytes
     share: Share
     asker: Asker
+    room: int  # bytes of the answer that it waits for, if those are many
     once: Once[Asker] | None = None  # where to tell, for a call that is done once
     key: CallKey = (0, 0)
     digest: int = 0
@@ -68,6 +78,10 @@ class Calls:
         self._glimpses = Glimpses()
         self._completions: Completions[_Job] = Completions(self._deliver)
         self._link: Link | None = None
+        self._waiting = self._waiting_bytes = 0
+        self._admission: Admission[_Job] = Admission(
+            self._submit, lambda: 0 if self._link is None else self._link.backlog
+        )
 
     def begin_guest(self, past: Ledger) -> None:
         """The guest's kernel is another one than before, or the first; ``past`` is what a killed server wrote of it."""
@@ -77,6 +91,11 @@ class Calls:
     def begin_session(self, link: Link) -> None:
         """Calls come from ``link`` now."""
         self._link = link
+        link.on_written = self._admission.go_on
+
+    def end_session(self) -> None:
+        """Nobody waits any more for what has not begun; a changing call is never held back."""
+        self._waiting -= len(self._admission.drop())
 
     def drop(self, share: int) -> None:
         """``share`` is not served any more."""
@@ -104,15 +123,32 @@ class Calls:
             _answer(asker, errno.ENODEV)
             return
         share.calls += 1
-        self._start(_Job(message, call.payload, share, asker), call)
+        self._start(_Job(message, call.payload, share, asker, _room(message)), call)
 
     def _start(self, job: _Job, frame: messages.Call) -> None:
         call: Any = job.call
+        if call.CHANGES and call.unique and not self._ask(job, frame):
+            return
+        if self._waiting >= MAX_WAITING or self._waiting_bytes + len(job.payload) > MAX_WAITING_BYTES:
+            if job.once is not None:
+                job.once.dismiss(job.key)
+            _answer(job.asker, errno.ENOMEM)
+            return
         if type(call) is Lookup and call.unique:
             job.counted = self._glimpses.take(call)
-        elif call.CHANGES and call.unique and not self._ask(job, frame):
-            return
-        job.share.workers.submit(lambda: self._work(job))
+        self._waiting += 1
+        self._waiting_bytes += len(job.payload)
+        if job.room:
+            self._admission.ask(job.share, job.room, job)
+        else:
+            self._submit(job)
+
+    def _submit(self, job: _Job) -> None:
+        if not job.room or self._shares.get(job.share.folder.id) is job.share:
+            job.share.workers.submit(lambda: self._work(job))
+        else:  # its threads may have ended while it was held back
+            job.errno = errno.ENODEV
+            self._completions.put(job)
 
     def _ask(self, job: _Job, frame: messages.Call) -> bool:
         """Whether there is anything to do about a changing call."""
@@ -172,10 +208,15 @@ class Calls:
     def _deliver(self, jobs: list[_Job]) -> None:
         self._journal.flush()
         for job in jobs:
+            self._waiting -= 1
+            self._waiting_bytes -= len(job.payload)
             try:
                 self._conclude(job)
             except Exception:
                 logger.exception("call.unanswered kind=%s", type(job.call).__name__)
+            if job.room:
+                self._admission.ended(job.share, job.room)
+        self._admission.go_on()
 
     def _conclude(self, job: _Job) -> None:
         job.share.noticed(job.call)
@@ -186,6 +227,9 @@ class Calls:
             askers = job.once.done(job.key, Answer(job.digest, job.errno, job.value))
         for asker in askers:
             _answer(asker, job.errno, job.value, job.content)
+        if isinstance(job.result, Entry | Attributes) and job.result.stale:
+            asked: Any = job.result if isinstance(job.result, Entry) else job.call
+            job.share.alarm_told(asked.node)
 
     def _found(self, job: _Job, call: Lookup, node: int) -> None:
         """A lookup was counted. If its session is over, it may have been asked again already."""
@@ -193,6 +237,15 @@ class Calls:
             self._glimpses.remember(call, node)
         elif self._shares.get(call.share) is job.share:
             job.share.workers.submit(lambda: _give_back(job.share, node))
+
+
+def _room(call: FileCall[Any]) -> int:
+    """Bytes that the answer may have, if they are too many for as many calls as a guest may have pending."""
+    if isinstance(call, Read):
+        return max(0, min(call.size, MAX_DATA))
+    if isinstance(call, List):
+        return PIECE + MAX_LISTED_WITH_ATTRIBUTES * ATTR.size if call.attributes else PIECE
+    return 0
 
 
 def _give_back(share: Share, node: int) -> None:

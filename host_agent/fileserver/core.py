@@ -13,9 +13,11 @@ from functools import lru_cache
 
 from host_agent.fileserver import signatures
 from host_agent.fileserver.datafiles import DataFiles
+from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.linux import Status, failure
 from host_agent.fileserver.nodes import Node, Recorder
 from host_agent.fileserver.reach import Reach
+from host_agent.fileserver.seals import Seals
 from host_agent.fileserver.snapshots import Snapshots
 from protocol.files import MAX_NAME, Entry
 
@@ -49,14 +51,15 @@ class Core:
         self,
         *,
         read_only: bool,
-        sealed: frozenset[tuple[int, int]],
+        seals: Seals,
         recorder: Recorder,
         next_node: Callable[[], int] | None,
         max_descriptors: int | None,
+        keepsakes: ShareKeepsakes | None = None,
     ) -> None:
         self.read_only = read_only
-        self.sealed = sealed
-        self.reach = Reach(recorder, next_node, sealed, max_descriptors)
+        self.seals = seals
+        self.reach = Reach(recorder, next_node, seals, max_descriptors, keepsakes)
         self.files = DataFiles(self.reach, read_only=read_only)
         self.snapshots = Snapshots()
         self.is_root = os.geteuid() == 0
@@ -100,6 +103,11 @@ class Core:
             return False
         os.chmod(b"/proc/self/fd/%d" % descriptor, stat.S_IMODE(status.mode) & ~bits)
         return True
+
+    def seal(self) -> None:
+        """Find what is to be hidden."""
+        if self.seals.look():
+            self.reach.reseal()
 
     def forget(self, number: int, count: int) -> None:
         self.reach.forget(number, count)

@@ -18,11 +18,10 @@ from host_agent.fileserver.linux import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
-    Status,
     failure,
 )
 from host_agent.fileserver.nodes import Node
-from host_agent.fileserver.signatures import giving, touched, written
+from host_agent.fileserver.signatures import giving, written
 from protocol.api import Done
 from protocol.files import (
     MAX_DATA,
@@ -126,8 +125,8 @@ class DataOperations:
             after = linux.fstatx(descriptor)
             if call.kill_privilege and self._core.kill_privilege(descriptor, after):
                 after = linux.fstatx(descriptor)
-            stale = written(node, before, after)
-        return Outcome(Written(size, offset, self._core.attr(after), stale))
+            written(node, before, after, call.offset + size)
+        return Outcome(Written(size, offset, self._core.attr(after)))
 
     def allocate(self, call: Allocate, payload: object) -> Outcome:
         if call.mode not in _ALLOCATIONS:
@@ -135,14 +134,15 @@ class DataOperations:
         with self._core.changing(call.node) as node:
             file = self._files.writer(node)
             try:
-                after, stale = self._changed(
-                    node,
-                    file.descriptor,
-                    lambda: linux.fallocate(file.descriptor, call.mode, call.offset, call.length),
-                )
+                with node.lock:
+                    before = linux.fstatx(file.descriptor)
+                    linux.fallocate(file.descriptor, call.mode, call.offset, call.length)
+                    after = linux.fstatx(file.descriptor)
+                    end = 0 if call.mode & FALLOC_FL_KEEP_SIZE else call.offset + call.length
+                    written(node, before, after, end)
             finally:
                 self._files.release(file, wrote=True)
-        return Outcome(Attributes(self._core.attr(after), stale))
+        return Outcome(Attributes(self._core.attr(after)))
 
     def copy_range(self, call: CopyRange, payload: object) -> Outcome:
         if min(call.offset, call.to_offset, call.length) < 0:
@@ -155,28 +155,17 @@ class DataOperations:
                 self._files.release(source)
 
     def _copy(self, source: int, target: Node, call: CopyRange) -> Outcome:
-        copied = 0
-
-        def copy() -> None:
-            nonlocal copied
-            length = min(call.length, MAX_COPY)
-            copied = os.copy_file_range(source, file.descriptor, length, call.offset, call.to_offset)
-
+        length = min(call.length, MAX_COPY)
         file = self._files.writer(target)
         try:
-            after, stale = self._changed(target, file.descriptor, copy)
+            with target.lock:
+                before = linux.fstatx(file.descriptor)
+                copied = os.copy_file_range(source, file.descriptor, length, call.offset, call.to_offset)
+                after = linux.fstatx(file.descriptor)
+                written(target, before, after, call.to_offset + copied)
         finally:
             self._files.release(file, wrote=True)
-        return Outcome(Written(copied, call.to_offset, self._core.attr(after), stale))
-
-    @staticmethod
-    def _changed(node: Node, descriptor: int, change: Callable[[], None]) -> tuple[Status, bool]:
-        """The file after a change of the guest's own, and whether somebody else had changed it before."""
-        with node.lock:
-            before = linux.fstatx(descriptor)
-            change()
-            after = linux.fstatx(descriptor)
-            return after, touched(node, before, after)
+        return Outcome(Written(copied, call.to_offset, self._core.attr(after)))
 
     # --- to disk -----------------------------------------------------------------------------------
 

@@ -113,6 +113,10 @@ class DataFiles:
             if wrote or not file.writable or file.due == math.inf:
                 file.due = time.monotonic() + (AFTER_WRITE if file.writable else AFTER_READ)
             done = file.closing and not file.uses
+            if done:
+                self._open.pop(
+                    file, None
+                )  # whoever looks for what is idle must not find it, and close it as well
         if done:
             self._close([file])
 

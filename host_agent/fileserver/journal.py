@@ -19,6 +19,7 @@ import contextlib
 import errno
 import logging
 import os
+import random
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -41,6 +42,12 @@ MAX_UNWRITTEN: Final = 64 << 20
 #: Bytes per read, and entries per write, of a rewrite.
 _CHUNK: Final = 1 << 20
 _BATCH: Final = 4096
+
+
+def _first_number() -> int:
+    """Where a journal's numbers begin that may not be the guest's first: one before it was lost, or given up. What the
+    guest still holds of that must be unknown (ESTALE), never another file. One in a billion is taken by chance."""
+    return 1 + (random.getrandbits(30) << 32)
 
 
 class Journal:
@@ -83,7 +90,7 @@ class Journal:
             self._unwritten = b""
             self._lives += 1
             self.restored = empty
-            self._last_node, self._last_handle = 1, 0
+            self._last_node = self._last_handle = empty.last_node = empty.last_handle = _first_number()
             self._start(empty)
 
     def _start(self, ledger: Ledger) -> None:

@@ -209,8 +209,8 @@ class Judgement:
                         if done < len(payload):
                             append(file.descriptor, memoryview(payload)[done:])
                         status = linux.fstatx(file.descriptor)
-                        stale = written(node, status, status)
-                        return Outcome(Written(len(payload), at, self._core.attr(status), stale))
+                        written(node, status, status, call.offset + len(payload))
+                        return Outcome(Written(len(payload), at, self._core.attr(status)))
             finally:
                 self._core.files.release(file, wrote=True)
         return self._perform(call, payload)

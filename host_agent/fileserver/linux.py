@@ -40,6 +40,30 @@ UTIME_OMIT: Final = (1 << 30) - 2
 OVERLAYFS: Final = 0x794C7630
 """f_type of overlayfs: copying a file up gives it another birth time."""
 
+KERNEL_FILESYSTEMS: Final = frozenset(
+    {
+        0x9FA0,  # proc
+        0x62656572,  # sysfs
+        0x64626720,  # debugfs
+        0x74726163,  # tracefs
+        0x73636673,  # securityfs
+        0xF97CFF8C,  # selinuxfs
+        0x62656570,  # configfs
+        0x0027E0EB,  # cgroup
+        0x63677270,  # cgroup2
+        0xCAFE4A11,  # bpf
+        0x6165676C,  # pstore
+        0xDE5E81E4,  # efivarfs
+        0x42494E4D,  # binfmt_misc
+        0x65735543,  # fusectl
+        0x6E736673,  # nsfs
+        0x1CD1,  # devpts
+        0x19800202,  # mqueue
+    }
+)
+"""f_type of what is no disk but the kernel (include/uapi/linux/magic.h): the memory of this very process is a file
+in proc."""
+
 _O_PATH_ENTRY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # struct statx: mask, blksize, nlink, uid, gid, mode, ino, size, blocks, four times (seconds, ns), rdev, dev.

@@ -8,12 +8,15 @@ The laws:
 - A lock is never waited for here: the guest asks again. So a lost guest leaves no waiter behind.
 - Closing a description is how its locks are released, and nothing is open that holds none: a file that is open for
   writing cannot be executed on the host.
-- What is held is in the journal. A successor takes it again; what somebody else has taken meanwhile is lost, counted
+- What is held is in the journal, and the description that holds it in the descriptor store: a successor goes on with
+  that. Where the store had no room, it takes the lock again; what somebody else has taken meanwhile is lost, counted
   and told, since there is no way to tell the process in the guest.
+- A description of which there is a copy is unlocked before it is closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -26,6 +29,7 @@ from functools import partial
 from typing import Any, Final
 
 from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.keepsakes import Keepsakes, Name, ShareKeepsakes
 from host_agent.fileserver.ledger import Kind, LockRecord
 from protocol.api import Done
 from protocol.files import LockState, Opened, OpenForLocks, Release, ReleaseOwner, SetLock, TestLock
@@ -96,15 +100,20 @@ class HostLocks:
         journal: Journal,
         open_file: Callable[[int, int], int],
         past: LockRecord | None = None,
+        kept: dict[Name, int] | None = None,
+        keepsakes: ShareKeepsakes | None = None,
     ) -> None:
         """``open_file(node, flags)`` gives a descriptor of its own of a regular file, or raises ``OSError``.
 
-        ``past`` is what a killed server held; it is taken again by ``settle``, or before the first call.
+        ``past`` is what a killed server held; it is taken again by ``settle``, or before the first call. What that
+        needs of ``kept``, the descriptions with these locks, is taken out.
         """
         self._share = share
         self._journal = journal
         self._open_file = open_file
         self._past = past
+        self._kept = {} if kept is None else kept
+        self._keepsakes = keepsakes or Keepsakes().of(share)
         self._mutex = threading.Lock()
         self._handles: dict[int, _Handle] = {}
         self._owners: dict[tuple[int, int], _Owner] = {}
@@ -134,11 +143,12 @@ class HostLocks:
             self._settle()
 
     def close(self) -> None:
-        """Release everything."""
+        """Close everything. What the descriptor store has stays locked, until that is told otherwise."""
         with self._mutex:
             self._past = None
             for handle in self._handles.values():
-                self._close_handle(handle)
+                if handle.fd >= 0:
+                    os.close(handle.fd)
             for owner in self._owners.values():
                 os.close(owner.fd)
             self._handles.clear()
@@ -157,7 +167,7 @@ class HostLocks:
     def _release(self, call: Release) -> Done:
         # A handle that is gone already is no error: a call may be asked again after a kill.
         if (handle := self._handles.pop(call.handle, None)) is not None:
-            self._close_handle(handle)
+            self._close_handle(call.handle, handle)
             self._journal.add(Kind.RELEASED, self._share, call.handle)
         return self._drop_owner(call.node, call.owner)
 
@@ -165,8 +175,8 @@ class HostLocks:
         return self._drop_owner(call.node, call.owner)
 
     def _drop_owner(self, node: int, owner: int) -> Done:
-        if (held := self._owners.pop((node, owner), None)) is not None:
-            os.close(held.fd)
+        if (node, owner) in self._owners:
+            self._close_owner(node, owner)
             self._journal.add(Kind.RANGES, self._share, node, owner, [])
         return Done()
 
@@ -206,25 +216,28 @@ class HostLocks:
         if kind not in _WHOLE_OPERATIONS:
             raise _os_error(errno.EINVAL)
         try:
-            self._flock(handle, kind)
+            self._flock(number, handle, kind)
         finally:
             # A conversion that fails has lost the lock that was there (flock(2)).
             self._journal.add(Kind.WHOLE, self._share, number, kind if handle.fd >= 0 else UNLOCK)
 
-    def _flock(self, handle: _Handle, kind: int) -> None:
+    def _flock(self, number: int, handle: _Handle, kind: int) -> None:
         if kind == UNLOCK:
-            self._close_handle(handle)
+            self._close_handle(number, handle)
             return
         if handle.fd < 0:
             handle.fd = self._open_any(handle.node, os.O_RDONLY)
         try:
             fcntl.flock(handle.fd, _WHOLE_OPERATIONS[kind] | fcntl.LOCK_NB)
         except OSError:
-            self._close_handle(handle)
+            self._close_handle(number, handle)
             raise
+        self._keepsakes.keep_lock(self._keepsakes.flock(number), handle.fd)
 
-    def _close_handle(self, handle: _Handle) -> None:
+    def _close_handle(self, number: int, handle: _Handle) -> None:
         if handle.fd >= 0:
+            _unlock(handle.fd)
+            self._keepsakes.give_up_lock(self._keepsakes.flock(number))
             os.close(handle.fd)
             handle.fd = -1
 
@@ -245,8 +258,16 @@ class HostLocks:
             owner.ranges = after
         finally:
             if not owner.ranges:
-                os.close(self._owners.pop(key).fd)
+                self._close_owner(*key)
+        if owner.ranges:
+            self._keepsakes.keep_lock(self._keepsakes.ranges(*key), owner.fd)
         self._journal.add(Kind.RANGES, self._share, *key, [list(piece) for piece in owner.ranges])
+
+    def _close_owner(self, node: int, owner: int) -> None:
+        descriptor = self._owners.pop((node, owner)).fd
+        _unlock(descriptor)
+        self._keepsakes.give_up_lock(self._keepsakes.ranges(node, owner))
+        os.close(descriptor)
 
     def _open_any(self, node: int, first: int = os.O_RDWR) -> int:
         """A description of its own, open the way ``first`` says, else in any way there is."""
@@ -267,13 +288,25 @@ class HostLocks:
         self._handles = {number: _Handle(node) for number, node in past.handles.items()}
         for number, kind in past.whole.items():
             if kind != UNLOCK and (handle := self._handles.get(number)) is not None:
+                handle.fd = self._kept.pop(self._keepsakes.flock(number), -1)
                 self._take_again(handle.node, partial(self._set_whole, number, handle, kind))
         for (node, owner), ranges in past.ranges.items():
             # What is not got again must not be tried again by the next successor either.
             self._journal.add(Kind.RANGES, self._share, node, owner, [])
+            if (descriptor := self._kept.pop(self._keepsakes.ranges(node, owner), -1)) >= 0:
+                self._owners[node, owner] = _Owner(descriptor)
             for start, end, kind in ranges:
                 call = SetLock(self._share, 0, node, 0, owner, start, end, kind)
                 self._take_again(node, partial(self._set_range, call))
+        self._let_go_of_kept()
+
+    def _let_go_of_kept(self) -> None:
+        """What nobody has written down was not answered either, and is asked again, of another description."""
+        while self._kept:
+            name, descriptor = self._kept.popitem()
+            _unlock(descriptor)
+            self._keepsakes.give_up_lock(name)
+            os.close(descriptor)
 
     def _take_again(self, node: int, take: Callable[[], None]) -> None:
         try:
@@ -286,6 +319,14 @@ class HostLocks:
 def _flock(start: int, end: int, kind: int) -> bytes:
     length = 0 if end == WHOLE_FILE_END else end - start + 1
     return _FLOCK.pack(_TYPES[kind], os.SEEK_SET, start, length, 0)
+
+
+def _unlock(descriptor: int) -> None:
+    """Whatever it holds. What a network filesystem refuses here ends with the copy, which is closed soon."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(0, WHOLE_FILE_END, UNLOCK))
 
 
 def _check_range(start: int, end: int, kind: int, kinds: tuple[int, ...]) -> None:

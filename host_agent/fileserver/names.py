@@ -45,6 +45,7 @@ MAX_LISTED_WITH_ATTRIBUTES: Final = 2048
 """Records of one answer if each has attributes: 10 ms of looking."""
 
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+_TRUNCATE: Final = os.O_WRONLY | os.O_TRUNC | os.O_NOCTTY | os.O_NONBLOCK
 _CREATE_ATTEMPTS: Final = 8
 _MADE: Final = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK)
 _NO_ATTRIBUTES: Final = bytes(ATTR.size)
@@ -149,7 +150,7 @@ class NameOperations:
                     if call.flags & os.O_EXCL:
                         raise
                 with contextlib.suppress(FileNotFoundError):  # it went meanwhile
-                    return self._take_existing(directory, call.name)
+                    return self._take_existing(directory, call)
         raise failure(errno.ESTALE)
 
     def _create_new(self, directory: Node, call: Create) -> Outcome:
@@ -174,15 +175,21 @@ class NameOperations:
         finally:
             self._reach.release(node)
 
-    def _take_existing(self, directory: Node, name: bytes) -> Outcome:
-        status = linux.statx(directory.descriptor, name)
-        if stat.S_ISDIR(status.mode):
-            raise failure(errno.EISDIR)
-        if not stat.S_ISREG(
-            status.mode
-        ):  # the guest's kernel looks again, and does what open(2) does with it
-            raise failure(errno.ESTALE)
-        return self._enter(directory, name)
+    def _take_existing(self, directory: Node, call: Create) -> Outcome:
+        """The guest's kernel takes it for new, so it checks and truncates nothing: both are done here."""
+        descriptor = self._reach.open_entry(directory, call.name)
+        try:
+            kind = linux.fstatx(descriptor).kind
+            if kind == stat.S_IFDIR:
+                raise failure(errno.EISDIR)
+            if kind != stat.S_IFREG:  # the guest's kernel looks again, and does what open(2) does with it
+                raise failure(errno.ESTALE)
+            if call.flags & os.O_TRUNC:
+                os.close(self._reach.opening(lambda: linux.reopen(descriptor, _TRUNCATE)))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self._enter_open(directory, call.name, descriptor)
 
     def create_unnamed(self, call: CreateUnnamed, payload: object) -> Outcome:
         flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | call.flags & os.O_EXCL
@@ -203,7 +210,7 @@ class NameOperations:
     def _remove(self, call: Unlink | RemoveDirectory, remove: Callable[..., None]) -> Outcome:
         with self._core.directory(call.node, call.name) as directory:
             self._check_unsealed(directory, call.name)
-            with self._holding(directory, call.name):
+            with self._holding(directory, call.name, loses=True):
                 remove(call.name, dir_fd=directory.descriptor)
                 self._reach.removed(directory, call.name)
         return Outcome(Done())
@@ -218,31 +225,37 @@ class NameOperations:
         ):
             self._check_unsealed(old, call.name)
             self._check_unsealed(new, call.new_name)
-            with self._holding(old, call.name), self._holding(new, call.new_name):
+            with self._holding(old, call.name), self._holding(new, call.new_name, loses=not call.flags):
                 linux.renameat2(old.descriptor, call.name, new.descriptor, call.new_name, call.flags)
                 self._reach.moved(old, call.name, new, call.new_name, exchange=exchange)
         return Outcome(Done())
 
     @contextlib.contextmanager
-    def _holding(self, directory: Node, name: bytes) -> Iterator[None]:
-        """Hold the file that is about to lose ``name``, and with it the way to what is below."""
-        node = self._reach.victim(directory, name)
+    def _holding(self, directory: Node, name: bytes, *, loses: bool = False) -> Iterator[None]:
+        """Hold the file that is about to lose ``name``, and with it the way to what is below. ``loses``: it gets no
+        other for it."""
+        node = self._reach.victim(directory, name, loses=loses)
         try:
             yield
         finally:
             if node is not None:
-                self._reach.release(node)
+                self._reach.spare(node)
 
     def _check_unsealed(self, directory: Node, name: bytes) -> None:
-        """A sealed directory is neither moved nor removed."""
-        if not self._core.sealed:
+        """A sealed directory is neither moved nor removed, and nor is what leads to it. No guest can make ``name`` mean
+        that after this look, since it would have to move it."""
+        seals = self._core.seals
+        if not seals:
             return
         try:
             status = linux.statx(directory.descriptor, name)
         except FileNotFoundError:
             return
-        if (status.device, status.ino) in self._core.sealed:
+        file = (status.device, status.ino)
+        if file in seals:
             raise failure(errno.EACCES)
+        if seals.is_on_the_way(file):
+            raise failure(errno.EBUSY)
 
     # --- reading -----------------------------------------------------------------------------------
 

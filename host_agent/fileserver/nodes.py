@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
@@ -30,7 +30,7 @@ Link: TypeAlias = tuple[int, bytes]
 """The node of a directory, and a name in it."""
 
 MAX_NODES: Final = 1 << 22
-"""Files that a guest may hold on to, then it gets ENFILE: about 2 GiB of this process's memory."""
+"""Files that a guest may hold on to, then it gets ENFILE: 3 to 4 GiB of this process's memory."""
 
 MAX_LINKS: Final = 64
 """Names remembered of one file. Any one is enough to find it again; the oldest go first."""
@@ -48,12 +48,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class RestoredNode:
-    """What an earlier process of this server told its ``Recorder`` about a node."""
+    """What an earlier process of this server told its ``Recorder`` about a node; and the O_PATH descriptor that it
+    had of it, if that was kept (else -1). Whoever restores it owns that."""
 
     node: int
     lookups: int
     identity: Identity
     links: list[Link] = field(default_factory=list)
+    descriptor: int = -1
 
 
 class Recorder(Protocol):
@@ -96,6 +98,7 @@ class Node:
         "retired",
         "sealed",
         "shelved",
+        "told",
         "uses",
         "writer",
     )
@@ -120,6 +123,7 @@ class Node:
         # signatures: of the data that the guest was given
         self.base: tuple[int, ...] | None = None
         self.doubt = False
+        self.told = -1  # signatures.UNKNOWN
         # datafiles: open for data
         self.reader: OpenFile | None = None
         self.writer: OpenFile | None = None
@@ -130,7 +134,7 @@ class NodeTable:
     """Numbers, identities and names. The caller holds the lock."""
 
     def __init__(
-        self, recorder: Recorder, next_node: Callable[[], int] | None, sealed: frozenset[tuple[int, int]]
+        self, recorder: Recorder, next_node: Callable[[], int] | None, sealed: Container[tuple[int, int]]
     ) -> None:
         self._recorder = recorder
         self._next = next_node or itertools.count(ROOT + 1).__next__
@@ -147,6 +151,11 @@ class NodeTable:
 
     def is_sealed(self, key: Key) -> bool:
         return (key[0], key[1]) in self._sealed
+
+    def reseal(self) -> None:
+        """More is sealed than before."""
+        for node in self.by_number.values():
+            node.sealed = self.is_sealed(node.key)
 
     # --- coming to be ------------------------------------------------------------------------------
 
@@ -287,7 +296,7 @@ class NodeTable:
             key = (old.identity.device, old.identity.inode, old.identity.birth_ns)
             node = Node(old.node, key, 0, self.is_sealed(key))
             node.lookups = old.lookups
-            node.base, node.doubt = (), True
+            node.base, node.doubt, node.told = (), True, -1
             node.links = tuple(link for link in old.links if link[0] >= ROOT and link not in self.by_name)
             self.by_name.update(dict.fromkeys(node.links, node))
             self.by_number[node.number] = node

@@ -31,7 +31,8 @@ _COMPARED: Final = 4096
 
 def digest(op: int, arguments: object, payload: bytes) -> int:
     """A number for the content of a call."""
-    return crc32(payload[:_COMPARED], crc32(msgpack.packb((op, arguments, len(payload)))))
+    said = msgpack.packb((op, arguments, len(payload)), unicode_errors="surrogateescape")
+    return crc32(payload[:_COMPARED], crc32(said))
 
 
 class Verdict(Enum):
@@ -81,6 +82,10 @@ class Once(Generic[AskerT]):
         running = self._running.pop(key)
         self._outcomes.remember(key, answer)
         return running.askers
+
+    def dismiss(self, key: CallKey) -> None:
+        """The call that ``ask`` has just given to be done will not be: it may be asked again as if it never was."""
+        del self._running[key]
 
     def drop(self, share: int) -> None:
         """Nothing of ``share`` will be asked again. What is under way has still to be told to ``done``."""

@@ -7,7 +7,8 @@ The laws:
   held, one component at a time, no symlink followed. What is then found must be the same file
   (``Identity``), else the answer is ESTALE: never another file's content.
 - A file without a name cannot be found again: from the moment the guest took its last name until it forgets
-  the file, its descriptor is *pinned*.
+  the file, its descriptor is *pinned*. So that it outlives this process, a copy goes to the descriptor store before the
+  name is taken (``keepsakes``).
 - The lock is held for work on dicts only, never during a system call that may wait for a disk.
 """
 
@@ -15,17 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import resource
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Final
 
 from host_agent.fileserver import linux
 from host_agent.fileserver.held import Held
+from host_agent.fileserver.keepsakes import Keepsakes, ShareKeepsakes
 from host_agent.fileserver.linux import Status, failure
 from host_agent.fileserver.nodes import Key, Link, Node, NodeTable, Recorder, RestoredNode
+
+logger = logging.getLogger(__name__)
 
 SWEEP: Final = 10.0
 """Seconds between looks for files that were deleted on the host while the guest still knows them: it is told after
@@ -57,12 +62,14 @@ class Reach:
         self,
         recorder: Recorder,
         next_node: Callable[[], int] | None,
-        sealed: frozenset[tuple[int, int]],
+        sealed: Container[tuple[int, int]],
         max_descriptors: int | None,
+        keepsakes: ShareKeepsakes | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._table = NodeTable(recorder, next_node, sealed)
         self._held = Held(max_descriptors or default_descriptors())
+        self._keepsakes = keepsakes or Keepsakes().of(0)
         self._births: dict[int, bool] = {}  # of a device: does the time of birth tell files apart?
         self._sweep_due = 0.0
         self._root_errno = errno.ENOENT
@@ -103,6 +110,8 @@ class Reach:
             if node.uses or not (node.dead or node.retired):
                 return
             closing = self._held.let_go(node)
+        if node.dead:
+            self._keepsakes.give_up_node(node.number)
         _close(closing)
 
     @contextlib.contextmanager
@@ -129,16 +138,30 @@ class Reach:
         with self._lock:
             node.uses += 1
 
-    def victim(self, directory: Node, name: bytes) -> Node | None:
-        """What is about to lose ``name``, acquired, if it is known and still is what it was."""
+    def victim(self, directory: Node, name: bytes, *, loses: bool) -> Node | None:
+        """What is about to lose ``name``, acquired until ``spare``, if it is known and still is what it was.
+
+        ``loses``: it gets no other name. If it has none left, a successor must have the file even if we are killed
+        right after the name went.
+        """
         with self._lock:
             node = self._table.by_name.get((directory.number, name))
         if node is None:
             return None
         try:
-            return self.acquire(node.number)
+            self.acquire(node.number)
         except OSError:
             return None
+        if loses and len(node.links) <= 1:
+            self._keepsakes.keep_node(node.number, node.descriptor)
+        return node
+
+    def spare(self, node: Node) -> None:
+        """Release a ``victim``, which may have a name after all."""
+        with self._lock:
+            if not node.pinned:
+                self._keepsakes.give_up_node(node.number)
+        self.release(node)
 
     # --- the walk ----------------------------------------------------------------------------------
 
@@ -240,11 +263,15 @@ class Reach:
     # --- what a file is ----------------------------------------------------------------------------
 
     def key(self, status: Status, descriptor: int) -> Key:
-        """The identity of the file behind ``descriptor``."""
+        """The identity of the file behind ``descriptor``. Raises EACCES for one that is the kernel's: somebody has
+        mounted /proc below the share, in a chroot(2) say, and what is there is not the share's."""
         device = status.device
         trusted = self._births.get(device)
         if trusted is None:
-            trusted = self._births[device] = linux.filesystem_type(descriptor) != linux.OVERLAYFS
+            kind = linux.filesystem_type(descriptor)
+            if kind in linux.KERNEL_FILESYSTEMS:
+                raise failure(errno.EACCES)
+            trusted = self._births[device] = kind != linux.OVERLAYFS
         return (device, status.ino, status.birth_ns() if trusted else 0)
 
     def known(self, directory: Node, name: bytes, status: Status) -> Node | None:
@@ -275,9 +302,10 @@ class Reach:
                 if directory is not None:
                     self._table.name(node, directory, name, only=stat.S_ISDIR(status.mode))
                     self._held.unpin(node)
+                    self._keepsakes.give_up_node(node.number)
                 else:
                     self._table.unnamed(node)
-                    closing += self._held.pin(node)
+                    closing += self._pin(node)
                 self._table.count(node)
                 dropped = self._take_dropped()
         finally:
@@ -288,7 +316,7 @@ class Reach:
     def removed(self, directory: Node, name: bytes) -> None:
         """The guest has removed the name."""
         with self._lock:
-            closing = self._held.pin(self._table.unname((directory.number, name)))
+            closing = self._pin(self._table.unname((directory.number, name)))
             dropped = self._take_dropped()
         _close(closing)
         self._bury(dropped)
@@ -297,12 +325,17 @@ class Reach:
         """The guest has renamed."""
         source: Link = (old.number, old_name)
         with self._lock:
-            closing = self._held.pin(
-                self._table.moved(source, (new.number, new_name), new, exchange=exchange)
-            )
+            closing = self._pin(self._table.moved(source, (new.number, new_name), new, exchange=exchange))
             dropped = self._take_dropped()
         _close(closing)
         self._bury(dropped)
+
+    def _pin(self, node: Node | None) -> list[int]:
+        """With the lock held. The node may have lost its last name."""
+        closing = self._held.pin(node)
+        if node is not None and node.pinned:
+            self._keepsakes.keep_node(node.number, node.descriptor)
+        return closing
 
     def forget(self, number: int, count: int) -> None:
         with self._lock:
@@ -318,6 +351,7 @@ class Reach:
         """Close what nodes that are gone still have open, now or when nobody uses them any more."""
         for node in nodes:
             self.close_data(node)
+            self._keepsakes.give_up_node(node.number)
             with self._lock:
                 closing = [] if node.uses else self._held.let_go(node)
             _close(closing)
@@ -360,14 +394,44 @@ class Reach:
     # --- all at once -------------------------------------------------------------------------------
 
     def restore(self, nodes: Iterable[RestoredNode]) -> None:
+        nodes = list(nodes)
         with self._lock:
             self._table.restore(nodes)
+        for old in nodes:
+            if old.descriptor >= 0:
+                self._take_back(old.node, old.descriptor)
+
+    def _take_back(self, number: int, descriptor: int) -> None:
+        """``descriptor`` (taken over) was kept of a node; its name may have gone without anybody writing that down."""
+        closing = [descriptor]
+        try:
+            status = linux.fstatx(descriptor)
+            key = self.key(status, descriptor)
+            with self._lock:
+                node = self._table.by_number.get(number)
+                if node is not None and not node.dead and node.key == key and node.descriptor < 0:
+                    node.kind = status.kind
+                    closing = self._held.install(node, descriptor)
+                    if status.nlink:
+                        closing += self._held.pin(node)
+                    else:
+                        self._held.pin_deleted(node)
+                    node.uses -= 1
+        except OSError as error:
+            logger.warning("what was kept of node %d is of no use: %s", number, error)
+        if descriptor in closing:
+            self._keepsakes.give_up_node(number)
+        _close(closing)
+
+    def reseal(self) -> None:
+        with self._lock:
+            self._table.reseal()
 
     def suspect_all(self) -> None:
         with self._lock:
             nodes = list(self._table.by_number.values())
         for node in nodes:
-            node.base, node.doubt = (), True
+            node.base, node.doubt, node.told = (), True, -1
 
     def sweep(self, now: float) -> list[Link]:
         """The names that the guest has of files which were deleted on the host and which it did not use lately.
@@ -383,12 +447,17 @@ class Reach:
 
     def _deleted(self, node: Node) -> tuple[Link, ...]:
         """The names of a node with one use, which is given back, if it is a file that has none any more."""
-        status = linux.fstatx(node.descriptor)
+        try:
+            links_left = linux.fstatx(node.descriptor).nlink
+        except OSError:  # of a network filesystem, say; it is no worse off than before
+            links_left = 1
         with self._lock:
-            gone = not status.nlink and node.kind == stat.S_IFREG and self._held.pin_deleted(node)
+            gone = not links_left and node.kind == stat.S_IFREG and self._held.pin_deleted(node)
             node.uses -= 1
             closing = [] if node.uses else self._held.let_go(node)
             links = node.links if gone else ()
+            if gone:
+                self._keepsakes.keep_node(node.number, node.descriptor)
         _close(closing)
         return links
 

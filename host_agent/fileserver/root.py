@@ -35,7 +35,8 @@ QUOTA_REMEMBERED: Final = 60.0
 
 
 class Root:
-    """Keeps node 1 the directory that the path means. The path may lead through symlinks: the user chose it.
+    """Keeps node 1 the directory at the path, which is absolute. No symlink in it is followed, not even at first: a
+    share may lie in another one, where guests put symlinks to where they like.
 
     A root that was moved away is missing, even though it could still be reached: what its path means is what is
     shared. Files in it that are held go on working.
@@ -44,6 +45,7 @@ class Root:
     def __init__(self, path: bytes, core: Core) -> None:
         self._path = path
         self._core = core
+        self._adopted: tuple[int, int, int] | None = None
         self.stage = Stage.MISSING
         self.reason = ""
 
@@ -54,16 +56,18 @@ class Root:
             replaced = self._adopt()
         except OSError as error:
             replaced = False
+            self._adopted = None
             self._core.reach.lose_root(error.errno or errno.EIO)
             self._describe(_STAGES.get(error.errno or 0, Stage.MISSING), error)
         return replaced or before != (self.stage, self.reason)
 
     def _adopt(self) -> bool:
-        descriptor = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
+        descriptor = self._walk()
         try:
             status = linux.fstatx(descriptor)
             if not stat.S_ISDIR(status.mode):
                 raise linux.failure(errno.ENOTDIR)
+            self._seal(status)
         except BaseException:
             os.close(descriptor)
             raise
@@ -75,6 +79,25 @@ class Root:
         else:
             self._describe(Stage.DENIED, linux.failure(errno.EACCES))
         return replaced
+
+    def _seal(self, status: linux.Status) -> None:
+        """Before the first guest gets to see what is below it: with another root, what is to be hidden is another."""
+        identity = (status.device, status.ino, status.birth_ns())
+        if identity != self._adopted:
+            self._core.seal()
+            self._adopted = identity
+
+    def _walk(self) -> int:
+        """An O_PATH descriptor of what is at the path; ENOTDIR where a symlink is on the way."""
+        descriptor = os.open(b"/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        for name in self._path.split(b"/"):
+            if name:
+                directory = descriptor
+                try:
+                    descriptor = linux.open_entry(directory, name)
+                finally:
+                    os.close(directory)
+        return descriptor
 
     def _describe(self, stage: Stage, error: OSError) -> None:
         path = os.fsdecode(self._path)

@@ -3,7 +3,7 @@
 The laws:
 - The guest hears of no share before the host agent has said which there are: it would unmount them all.
 - A guest is a run of a kernel (``boot_id``). For the same one everything goes on, also in a new process; for
-  another one nothing is left of what the one before it had: nodes, locks, outcomes.
+  another one nothing is left of what the one before it had: nodes, descriptors, locks, outcomes.
 - The host agent's end is the end of this process; a guest's is not, nor is QEMU's.
 """
 
@@ -30,6 +30,7 @@ from host_agent.fileserver.control import (
     ShareStates,
 )
 from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.ledger import Kind, Ledger
 from host_agent.fileserver.nodes import Link as NameLink
 from host_agent.fileserver.shares import Share
@@ -42,9 +43,9 @@ from protocol.session import Role
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of answers to the guest that may wait: 1,024 calls can ask for 1 MiB each, but not more are read...
+#: Bytes of answers to the guest that may wait; large ones are not made beyond ``admission.MAX_ANSWERS``...
 MAX_BACKLOG: Final = 256 << 20
-#: ...once this much waits, for as long as it does.
+#: ...and no more calls are read once this much waits, for as long as it does.
 PAUSE_ABOVE: Final = 8 << 20
 #: Seconds for the guest to mount what it was told to; a mount takes 20 ms under emulation.
 MOUNT_TIMEOUT: Final = 60.0
@@ -64,9 +65,15 @@ class FileServer:
     """Serves folders to the guest behind ``guest_socket`` (QEMU's) as the peer on ``control`` says."""
 
     def __init__(
-        self, guest_socket: Path, control: trio.abc.Stream, journal: Journal, hidden: Iterable[str] = ()
+        self,
+        guest_socket: Path,
+        control: trio.abc.Stream,
+        journal: Journal,
+        hidden: Iterable[str] = (),
+        keepsakes: Keepsakes | None = None,
     ) -> None:
         self._journal = journal
+        self._keepsakes = Keepsakes() if keepsakes is None else keepsakes
         self._hidden = list(hidden)
         self._shares: dict[int, Share] = {}
         self._calls = Calls(journal, self._shares)
@@ -138,6 +145,7 @@ class FileServer:
 
     def _on_down(self) -> None:
         self._link = None
+        self._calls.end_session()
         self._to_announce.unpark_all()
 
     def _begin(self, link: Link) -> None:
@@ -147,6 +155,7 @@ class FileServer:
             same = self._boot_id is None and bool(boot_id) and past.boot_id == boot_id
             logger.info("guest %s: %s", boot_id or "(unknown)", "taken over" if same else "is new")
             if not same:
+                self._keepsakes.give_up_unclaimed()
                 self._renew(boot_id)
                 past = Ledger()
             self._calls.begin_guest(past)
@@ -155,6 +164,7 @@ class FileServer:
             share.resume(past.nodes.get(number), past.locks.get(number))
         for number in (past.nodes.keys() | past.locks.keys()) - self._shares.keys():
             self._journal.add(Kind.DROPPED, number)
+        self._keepsakes.give_up_unclaimed()
         self._journal.restored = Ledger()  # it has served its purpose, and is large
         self._link = link
         self._calls.begin_session(link)
@@ -163,7 +173,7 @@ class FileServer:
         """Nothing of the guest before is left."""
         self._journal.begin(boot_id)
         for number, share in list(self._shares.items()):
-            share.close()
+            share.close(for_good=True)
             self._shares[number] = self._open(share.folder)
 
     async def _mount(self, link: Link) -> None:
@@ -230,13 +240,13 @@ class FileServer:
                 del before[number]
             self._shares[number] = share
         for number, share in before.items():
-            share.close()
+            share.close(for_good=True)
             self._calls.drop(number)
             self._journal.add(Kind.DROPPED, number)
         return opened
 
     def _open(self, folder: SharedFolder) -> Share:
-        share = Share(folder, self._journal, self._hidden)
+        share = Share(folder, self._journal, self._hidden, self._keepsakes.of(folder.id))
         self._nursery.start_soon(share.tend, self._to_announce.unpark_all, self._tell_gone)
         return share
 
@@ -276,9 +286,10 @@ class FileServer:
                 await self._to_announce.park()
 
     async def _look_after(self) -> None:
-        """Keep the journal small."""
+        """Keep the journal small, and the store up to date."""
         while True:
             await trio.sleep(LOOK_INTERVAL)
+            self._keepsakes.flush()
             self._journal.flush()  # what was recorded on its own, not for an answer
             if self._journal.wants_compaction:
                 try:

@@ -22,6 +22,7 @@ import trio
 
 from host_agent.fileserver.control import GuestStage, SharedFolder, ShareStage, ShareState
 from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.keepsakes import Inherited, ShareKeepsakes
 from host_agent.fileserver.ledger import Kind, LockRecord, NodeRecord
 from host_agent.fileserver.locks import HostLocks
 from host_agent.fileserver.nodes import Identity, Link, RestoredNode
@@ -87,18 +88,22 @@ class _Tended(NamedTuple):
 class Share:
     """A folder that is served. ``close`` is the end of it."""
 
-    def __init__(self, folder: SharedFolder, journal: Journal, hidden: list[str]) -> None:
+    def __init__(
+        self, folder: SharedFolder, journal: Journal, hidden: list[str], keepsakes: ShareKeepsakes
+    ) -> None:
         """``hidden`` are paths of directories that the guest sees empty."""
         self.folder = folder
         self.workers = Workers(f"share-{folder.id:08x}")
         # Apart from the calls: those wait for what is done here first.
-        self._housekeeper = Workers(f"house-{folder.id:08x}", 1)
+        self._housekeeper = Workers(f"house-{folder.id:08x}", 1, 1)
         self.calls = 0
         self.guest = GuestStage.WAITING
         self.guest_reason = ""
         self.clock_skew_ms = 0
         self._journal = journal
         self._hidden = hidden
+        self._keepsakes = keepsakes
+        self._for_good = False
         self._tree: Tree | None = None
         self._locks: HostLocks | None = None
         self._opened, self._ready = threading.Event(), threading.Event()
@@ -112,11 +117,14 @@ class Share:
             self._tree = Tree(
                 self.folder.host_path,
                 read_only=self.folder.read_only,
-                sealed=_sealed_directories(self._hidden),
+                hidden=self._hidden,
                 recorder=_ShareRecorder(self.folder.id, self._journal),
                 next_node=self._journal.next_node,
+                keepsakes=self._keepsakes,
             )
-            self._locks = HostLocks(self.folder.id, self._journal, self._tree.data_fd_for_locks)
+            self._locks = HostLocks(
+                self.folder.id, self._journal, self._tree.data_fd_for_locks, keepsakes=self._keepsakes
+            )
         finally:
             self._opened.set()
 
@@ -128,26 +136,37 @@ class Share:
     def resume(self, nodes: dict[int, NodeRecord] | None = None, locks: LockRecord | None = None) -> None:
         """A session begins; ``nodes`` and ``locks`` are what a killed server has left for the same guest.
 
-        Calls that come from now on wait until that is taken in.
+        Calls that come from now on wait until that is taken in, and the descriptors that it kept.
         """
         self._ready.clear()
-        self._housekeeper.submit(lambda: self._resume(nodes or {}, locks))
+        kept = self._keepsakes.claim()
+        self._housekeeper.submit(lambda: self._resume(nodes or {}, locks, kept))
 
-    def _resume(self, nodes: dict[int, NodeRecord], locks: LockRecord | None) -> None:
+    def _resume(self, nodes: dict[int, NodeRecord], locks: LockRecord | None, kept: Inherited) -> None:
         try:
             if self._tree is not None:
                 if nodes:
-                    self._tree.restore(_restored(nodes))
+                    self._tree.restore(_restored(nodes, kept))
                 self._tree.suspect_all()
-            if locks is not None and self._tree is not None:
-                self._locks = HostLocks(self.folder.id, self._journal, self._tree.data_fd_for_locks, locks)
+            if (locks is not None or kept.locks) and self._tree is not None:
+                self._locks = HostLocks(
+                    self.folder.id,
+                    self._journal,
+                    self._tree.data_fd_for_locks,
+                    locks or LockRecord(),
+                    kept.locks,
+                    self._keepsakes,
+                )
         finally:
             self._ready.set()
         if self._locks is not None:
             self._locks.settle()
+        self._keepsakes.discard(kept)
 
-    def close(self) -> None:
-        """Serve no more: what was asked is still done, then everything is let go of."""
+    def close(self, *, for_good: bool = False) -> None:
+        """Serve no more: what was asked is still done, then everything is let go of. ``for_good``: no successor is to
+        have what was kept for it."""
+        self._for_good = for_good
         self._closed = True
         self._nap.cancel()
         self._ready.set()
@@ -158,6 +177,8 @@ class Share:
             self._locks.close()
         if self._tree is not None:
             self._tree.close()
+        if self._for_good:
+            self._keepsakes.give_up_all()
 
     # --- calls, in the threads of ``workers`` ------------------------------------------------------
 
@@ -180,6 +201,11 @@ class Share:
         if not self.folder.host_locks or self._locks is None:
             raise OSError(errno.EOPNOTSUPP, "the locks of this share are the guest's own")
         return Outcome(self._locks.perform(call))
+
+    def alarm_told(self, node: int) -> None:
+        """An answer that said ``stale`` about ``node`` is on its way. Never waits: this is trio's thread."""
+        if self._tree is not None:
+            self._tree.alarm_told(node)
 
     # --- housekeeping ------------------------------------------------------------------------------
 
@@ -278,10 +304,14 @@ class Share:
         return reason, ""
 
 
-def _restored(nodes: dict[int, NodeRecord]) -> list[RestoredNode]:
+def _restored(nodes: dict[int, NodeRecord], kept: Inherited) -> list[RestoredNode]:
     return [
         RestoredNode(
-            number, record.lookups, Identity(record.device, record.inode, record.birth_ns), list(record.links)
+            number,
+            record.lookups,
+            Identity(record.device, record.inode, record.birth_ns),
+            list(record.links),
+            kept.nodes.pop(number, -1),
         )
         for number, record in nodes.items()
     ]
@@ -292,16 +322,3 @@ def _tell(token: trio.lowlevel.TrioToken, function: Callable[[], None]) -> None:
         token.run_sync_soon(function)
     except trio.RunFinishedError:
         logger.debug("a worker finished after the server")
-
-
-def _sealed_directories(paths: list[str]) -> frozenset[tuple[int, int]]:
-    """(st_dev, st_ino) of what is not to be shown; a path that does not exist hides nothing."""
-    found = set()
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            logger.warning("nothing to hide at %s: %s", path, error)
-            continue
-        found.add((status.st_dev, status.st_ino))
-    return frozenset(found)

@@ -13,6 +13,16 @@ question that came after it. A false alarm costs one more read; it is never avoi
 
 After an alarm the guest has nothing, and nothing is compared until it reads again. A read that was under way
 meanwhile does no harm: its pages are locked in the guest, and dropping them waits for them.
+
+An alarm has a price of its own. The guest drops the data before it passes the answer on, and its kernel then takes
+nothing else from that answer, not even the size (fuse_reverse_inval_inode raises attr_version, and
+fuse_change_attributes ignores what was asked for before): a mapping of what a host program has appended would
+get SIGBUS. But where the size is another one than the guest's kernel has, that drops all data by itself. So:
+
+- ``told`` is the size that the guest's kernel has, as far as we told it or its own writes made it.
+- A question whose answer brings another size raises no alarm; the next one does.
+- What changes the file (a write, chmod, truncate) raises none either, it only passes on that there is one to be
+  raised: it is no question, and the drop would come after its answer, into that of the next question.
 """
 
 from __future__ import annotations
@@ -26,6 +36,10 @@ from host_agent.fileserver.nodes import Node
 
 UNSETTLED_NS: Final = 20_000_000
 """Two ticks of a kernel with HZ=100, the coarsest there is."""
+
+
+UNKNOWN: Final = -1
+"""Of ``Node.told``: this process has not said, or its answer may have been lost."""
 
 
 def sign(status: Status) -> tuple[int, ...]:
@@ -48,29 +62,48 @@ def giving(node: Node, status: Status) -> None:
 
 
 def is_stale(node: Node, status: Status) -> bool:
-    """The guest asks about the file, which now is ``status``: must it drop its data? Says so once."""
+    """The guest asks about the file, which now is ``status``: must it drop its data?
+
+    Says so to everybody who asks until ``acknowledged``: an answer that was worked out later may overtake the
+    one that raised the alarm.
+    """
+    told, node.told = node.told, status.size
     if node.base is None or not stat.S_ISREG(status.mode):
         return False
     if not node.doubt and node.base == sign(status):
         return False
-    node.base = None
-    node.doubt = False
+    if told not in (UNKNOWN, status.size):
+        suspect(node)
+        return False
     return True
 
 
-def written(node: Node, before: Status, after: Status) -> bool:
-    """The guest has written: did anybody else, before that? Under the node's lock."""
-    base = node.base
-    node.base = sign(after)
-    node.doubt = True
-    return base is not None and base != sign(before)
+def acknowledged(node: Node) -> None:
+    """The answer that told of the alarm is on its way, before all others: the guest has nothing of the file now."""
+    node.base = None
+    node.doubt = False
 
 
-def touched(node: Node, before: Status, after: Status) -> bool:
-    """The guest has changed attributes, and so the file's ctime, but not its data. Under the node's lock."""
-    if is_stale(node, before):
-        return True
-    if node.base is not None:
+def suspect(node: Node) -> None:
+    """The guest may hold data that is not the file's: the next question is answered so."""
+    node.base, node.doubt = (), True
+
+
+def touched(node: Node, before: Status, after: Status) -> None:
+    """The guest has changed the file. Under the node's lock, so that nobody else of the guest's has in between."""
+    if node.base is None:
+        return
+    if node.base != sign(before):
+        suspect(node)
+    else:
         node.base = sign(after)
         node.doubt = True
-    return False
+
+
+def written(node: Node, before: Status, after: Status, end: int) -> None:
+    """The guest has written up to ``end``, by its own count: its kernel's size of the file is at least that."""
+    node.told = max(node.told, end) if node.told != UNKNOWN else UNKNOWN
+    if node.base is None:
+        # What it wrote it holds.
+        node.base = sign(before)
+    touched(node, before, after)

@@ -22,9 +22,12 @@ from host_agent.fileserver.attributes import AttributeOperations
 from host_agent.fileserver.core import Core, Outcome
 from host_agent.fileserver.data import DataOperations
 from host_agent.fileserver.judgement import Judgement
+from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.names import NameOperations
 from host_agent.fileserver.nodes import Identity, Recorder, RestoredNode
 from host_agent.fileserver.root import Fullness, Root, Stage
+from host_agent.fileserver.seals import Seals
+from host_agent.fileserver.signatures import acknowledged
 from protocol.api import Done
 from protocol.files import FileCall, Flushed, Forget
 
@@ -52,9 +55,11 @@ class TreeState:
 class Tree:
     """Serves the folder ``path``.
 
-    ``sealed`` are directories, by (st_dev, st_ino), that the guest sees empty and cannot enter or move.
+    ``path`` is absolute and without symlinks: none is followed. ``hidden`` are the paths of directories that the guest
+    sees empty and cannot enter, and which it cannot move or replace, nor what leads to them.
     ``next_node`` gives out numbers that were never used before, greater than 1; by default the tree counts by itself.
     ``max_descriptors`` bounds what is kept open to find files again (default: an eighth of RLIMIT_NOFILE).
+    ``keepsakes`` is where files without a name outlive this process.
     """
 
     def __init__(
@@ -62,17 +67,19 @@ class Tree:
         path: str | bytes,
         *,
         read_only: bool,
-        sealed: frozenset[tuple[int, int]],
+        hidden: Iterable[str | bytes] = (),
         recorder: Recorder,
         next_node: Callable[[], int] | None = None,
         max_descriptors: int | None = None,
+        keepsakes: ShareKeepsakes | None = None,
     ) -> None:
         self._core = core = Core(
             read_only=read_only,
-            sealed=sealed,
+            seals=Seals(hidden),
             recorder=recorder,
             next_node=next_node,
             max_descriptors=max_descriptors,
+            keepsakes=keepsakes,
         )
         self._root = Root(os.fsencode(path), core)
         self._fullness = Fullness()
@@ -143,6 +150,11 @@ class Tree:
     def restore(self, nodes: Iterable[RestoredNode]) -> None:
         """Take over what an earlier process recorded, before the first call. A file is looked for when it is needed."""
         self._core.reach.restore(nodes)
+
+    def alarm_told(self, number: int) -> None:
+        """An answer that said ``stale`` about a node was put on its way to the guest, so the next ones need not."""
+        if (node := self._core.reach.peek(number)) is not None:
+            acknowledged(node)
 
     def suspect_all(self) -> None:
         """A reply may have been lost, and with it the word that data is stale: say it again for every file.

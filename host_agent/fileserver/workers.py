@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -27,14 +28,20 @@ ItemT = TypeVar("ItemT")
 #: Threads of one share. The guest's kernel has a few dozen requests under way at most, a disk's own parallelism
 #: is not Python's to use, and each thread more is one more to wait for the interpreter's lock.
 THREADS: Final = 6
+#: Threads of a share of which none has come to an end with anything for ``STUCK`` seconds: what hangs on a dead mount
+#: somewhere below it must not stop all the rest.
+MOST_THREADS: Final = 48
+STUCK: Final = 0.5
 
 
 class Workers:
-    """Runs functions in at most ``limit`` threads. They must not raise."""
+    """Runs functions in ``limit`` threads, or up to ``most`` where those are stuck. They must not raise."""
 
-    def __init__(self, name: str, limit: int = THREADS) -> None:
+    def __init__(self, name: str, limit: int = THREADS, most: int = MOST_THREADS) -> None:
         self._name = name
         self._limit = limit
+        self._most = most
+        self._moved = 0.0  # when a function was last started with all others done, or came to its end
         self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._unfinished = 0
@@ -46,7 +53,11 @@ class Workers:
         """Have ``function`` run, after everything that was submitted before has at least begun."""
         with self._lock:
             self._unfinished += 1
-            start = self._threads < min(self._limit, self._unfinished)
+            now = time.monotonic()
+            if self._unfinished == 1:
+                self._moved = now
+            limit = self._limit if now - self._moved < STUCK else self._most
+            start = self._threads < min(limit, self._unfinished)
             self._threads += start
         self._queue.put(function)
         if start:
@@ -87,6 +98,7 @@ class Workers:
                 logger.exception("worker.failed thread=%s", self._name)
             with self._lock:
                 self._unfinished -= 1
+                self._moved = time.monotonic()
 
 
 class Completions(Generic[ItemT]):

@@ -194,7 +194,8 @@ async def test_a_mount_that_cannot_be_is_told_why(
 async def test_the_longest_table_of_mounts_fits_into_an_answer(instance: InstancePaths) -> None:
     path = "/" + "p" * (mounts.MAX_PATH - 1)
     words = "\U0001f600" * file_service.MAX_WORDS
-    row = Mount(MountSpec(path, path), MountState.FAILED, words, words, 1 << 60, 1 << 60, 1 << 60, 1 << 60)
+    spec = MountSpec(path, path, real_path=path)
+    row = Mount(spec, MountState.FAILED, words, words, 1 << 60, 1 << 60, 1 << 60, 1 << 60)
     async with served(instance) as running, connected(instance) as link:
         running.instance.mounts = [row] * mounts.MAX_MOUNTS
         assert len((await link.request(GetMounts())).mounts) == mounts.MAX_MOUNTS
@@ -234,6 +235,22 @@ async def test_up_says_which_folders_the_vm_does_not_see(instance: InstancePaths
         assert await up._mounts_after_start(instance) == expected
         assert (await up._mount_more(instance, replace(ASKED, mounts=(lost.spec,))))[1:] == expected
     assert await up._mounts_after_start(instance) == ()
+
+
+async def test_up_says_of_which_folders_the_vm_sees_another_one(
+    instance: InstancePaths, tmp_path: Path
+) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("new")
+    moved = MountSpec(str(tmp_path / "link"), "/src", real_path=str(tmp_path / "old"))
+    sound = MountSpec(str(tmp_path / "link"), "/same", real_path=str(tmp_path / "new"))
+    async with served(instance) as running:
+        running.instance.mounts = [
+            Mount(moved, MountState.MOUNTED, "it was moved", "ask again"),
+            Mount(sound, MountState.MOUNTED, "the clock is off"),
+        ]
+        assert await up._mounts_after_start(instance) == ("/src: it was moved (ask again)",)
 
 
 async def test_a_mount_that_cannot_be_added_is_an_error_of_up(instance: InstancePaths) -> None:

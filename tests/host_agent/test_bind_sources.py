@@ -19,6 +19,7 @@ class Folder:
 
     host_path: Path
     guest_path: str
+    real_path: str = ""
 
 
 @pytest.fixture
@@ -31,6 +32,15 @@ def home(tmp_path: Path) -> Path:
 
 def shared(*paths: Path) -> list[Folder]:
     return [Folder(path, str(path)) for path in paths]
+
+
+def test_links_are_read_where_the_share_really_is(home: Path) -> None:
+    """Its path on the host may mean another folder by now; the guest sees the one that it was given."""
+    (home / "out").symlink_to("/elsewhere")
+    (home.parent / "alias").symlink_to("other")
+    share = Folder(home.parent / "alias", "/src", real_path=str(home))
+    assert "leads to /elsewhere" in (refusal("/src/out/x", [share]) or "")
+    assert refusal("/src/project", [share]) is None
 
 
 def test_what_is_below_a_share_is_fine_whether_it_is_there_or_not(home: Path) -> None:

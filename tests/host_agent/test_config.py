@@ -51,9 +51,14 @@ def test_mounts_are_kept_and_a_file_without_them_means_the_home(
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     path = tmp_path / "config.json"
-    chosen = (MountSpec("/srv/a", "/a", read_only=True), MountSpec("/srv/b", "/b", host_locks=True))
+    chosen = (
+        MountSpec("/srv/a", "/a", read_only=True),
+        MountSpec("/srv/b", "/b", host_locks=True, real_path="/disk/b"),
+    )
     config.save(path, replace(ASKED, mounts=chosen))
-    assert config.load(path, HOST).mounts == chosen
+    kept = config.load(path, HOST).mounts
+    assert kept == chosen
+    assert [spec.real_path for spec in kept] == ["", "/disk/b"]
     config.save(path, replace(ASKED, mounts=()))
     assert config.load(path, HOST).mounts == ()
     old = json.loads(path.read_bytes())
@@ -61,6 +66,16 @@ def test_mounts_are_kept_and_a_file_without_them_means_the_home(
     path.write_text(json.dumps(old))
     assert config.load(path, HOST).mounts == (MountSpec("/home/someone", "/home/someone"),)
     assert config.load(tmp_path / "none", HOST).mounts == (MountSpec("/home/someone", "/home/someone"),)
+
+
+def test_mounts_of_before_real_paths_were_kept_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config.save(path, replace(ASKED, mounts=(MountSpec("/srv/a", "/a", real_path="/disk/a"),)))
+    old = json.loads(path.read_bytes())
+    del old["mounts"][0]["real_path"]
+    path.write_text(json.dumps(old))
+    (spec,) = config.load(path, HOST).mounts
+    assert (spec.host_path, spec.guest_path, spec.real_path) == ("/srv/a", "/a", "")
 
 
 def test_a_mount_that_could_not_be_is_a_damaged_file(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from host_agent.paths import Home, InstancePaths
 from host_agent.process import ProcessIdentity
 from protocol.api import Mount, MountSpec, MountState
 
-HOME = MountSpec("/home/me", "/home/me")
-DATA = MountSpec("/srv/data", "/data", read_only=True, host_locks=True)
+HOME = MountSpec("/home/me", "/home/me", real_path="/home/me")
+DATA = MountSpec("/srv/data", "/data", read_only=True, host_locks=True, real_path="/disk/data")
 
 # argv: a mode, a folder for what it was told, then what the service adds.
 STAND_IN = """
@@ -32,6 +33,7 @@ from pathlib import Path
 import trio
 from host_agent.client import hello
 from host_agent.fileserver.control import *
+from host_agent.fileserver.keepsakes import Keepsakes
 from protocol import codec
 from protocol.link import Link, Role, Service
 import json
@@ -66,6 +68,16 @@ async def main():
         states = [ShareState(state.id, state.stage, state.guest, calls=calls) for state in known.shares]
         return ShareStates(states, True)
 
+    if mode == "keeps":
+        keepsakes = Keepsakes(socket.socket(fileno=int(arguments[arguments.index("--store-fd") + 1])))
+        kept = keepsakes.of(1)
+        for number, descriptor in kept.claim().nodes.items():
+            (folder / "kept").write_text(f"{number} {os.readlink(f'/proc/self/fd/{descriptor}')}")
+        gone = folder / "gone"
+        gone.touch()
+        descriptor = os.open(gone, os.O_PATH)
+        gone.unlink()
+        kept.keep_node(7, descriptor)
     service = Service()
     service.on_request(ServeShares, serve)
     service.on_request(GetShares, get)
@@ -156,7 +168,7 @@ async def test_it_is_told_what_to_serve_and_its_answer_is_shown(
         ids = mounts.numbers([DATA, HOME])
         assert it.requests() == [
             [
-                [ids["/data"], "/srv/data", "/data", True, True],
+                [ids["/data"], "/disk/data", "/data", True, True],
                 [ids["/home/me"], "/home/me", "/home/me", False, False],
             ]
         ]
@@ -199,6 +211,126 @@ async def test_a_killed_one_is_replaced_and_told_again(
         ]
         # The mount was there all the time as far as anybody has to know.
         assert it.diary.of("mount") == ["mounted /home/me"]
+
+
+async def test_the_next_one_is_given_what_the_killed_one_kept(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    gone = f"{tmp_path / 'gone'} (deleted)"
+
+    def held() -> int:
+        return sum(os.path.realpath(fd.path, strict=False) == gone for fd in os.scandir("/proc/self/fd"))
+
+    async with served(instance, stand_in("keeps"), HOME) as it:
+        await until(lambda: it.states() == [MountState.MOUNTED])
+        await until(lambda: held() == 1)
+        assert not (it.folder / "kept").exists()
+        os.kill(it.service.pid, signal.SIGKILL)
+        await until(lambda: it.service.restarts == 1)
+        await until(lambda: it.states() == [MountState.MOUNTED])
+        assert (it.folder / "kept").read_text() == f"7 {gone}"
+    assert held() == 0
+
+
+async def test_where_a_folder_is_does_not_change(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """A guest that may write to what it is in may put a symlink in its place, and have the file server end."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    spec = MountSpec(str(tmp_path / "link"), "/guest")
+    async with served(instance, stand_in("sound"), spec) as it:
+        await until(lambda: it.states() == [MountState.MOUNTED])
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to("/")
+        os.kill(it.service.pid, signal.SIGKILL)
+        await until(lambda: it.service.restarts == 1)
+        await until(lambda: it.states() == [MountState.MOUNTED])
+        assert str(tmp_path / "real") in json.dumps(it.requests()[0])
+        assert it.requests()[0] == it.requests()[1]
+        assert it.service.current().mounts[0].spec == spec
+
+
+async def test_what_the_user_chose_is_served_whatever_its_path_means_now(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """Between two starts, a guest has made a symlink of a folder inside another share."""
+    (tmp_path / "secret").mkdir()
+    folder = tmp_path / "share" / "inner"
+    folder.parent.mkdir()
+    folder.symlink_to(tmp_path / "secret")
+    spec = MountSpec(str(folder), "/a place", read_only=True, real_path=str(folder))
+    async with served(instance, stand_in("sound"), spec, HOME) as it:
+        await until(lambda: it.states() == [MountState.MOUNTED] * 2)
+        assert str(tmp_path / "secret") not in json.dumps(it.requests())
+        assert it.diary.remembered == []
+        mount, home = (await it.service.report()).mounts
+        assert mount.spec.host_path == mount.spec.real_path == str(folder)
+        assert mount.reason == (
+            f"{folder} has come to mean {tmp_path}/secret; what the VM was given is {folder}"
+        )
+        assert f"agentctl up --mount '{folder}:/a place:ro'" in mount.hint
+        assert home.reason == home.hint == ""
+        folder.unlink()
+        assert not (await it.service.report()).mounts[0].reason
+
+
+async def test_what_was_not_recorded_is_looked_up_once_and_recorded(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    old = MountSpec(str(tmp_path / "link"), "/a")
+    async with served(instance, stand_in("sound"), HOME, old) as it:
+        ((home, recorded),) = it.diary.remembered
+        assert (home, recorded) == (HOME, old)
+        assert (home.real_path, recorded.real_path) == ("/home/me", str(tmp_path / "real"))
+        await until(lambda: it.states() == [MountState.MOUNTED] * 2)
+        await it.service.add([MountSpec(str(tmp_path / "link"), "/b")])
+        assert [spec.real_path for spec in it.diary.remembered[-1]] == [
+            "/home/me",
+            *[str(tmp_path / "real")] * 2,
+        ]
+
+
+async def test_what_is_served_already_is_not_moved_by_asking_again(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]]
+) -> None:
+    async with served(instance, stand_in("sound"), HOME) as it:
+        await until(lambda: it.states() == [MountState.MOUNTED])
+        await it.service.add([replace(HOME, real_path="/elsewhere"), DATA])
+        assert [spec.real_path for spec in it.service.specs] == ["/home/me", "/disk/data"]
+
+
+async def test_what_cannot_be_recorded_is_served(instance: InstancePaths, tmp_path: Path) -> None:
+    diary = Diary(failure=OSError(28, "No space left on device"))
+    home = Home(instance.directory.parent.parent)
+    (tmp_path / "link").symlink_to("real")
+    specs = [MountSpec(str(tmp_path / "link"), "/a")]
+    service = FileService(home, instance, specs, diary.say, diary.remember)
+    assert service.specs[0].real_path == str(tmp_path / "real")
+
+
+async def test_a_disk_that_is_away_is_waited_for_once(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, back = [], threading.Event()
+
+    def look(specs: Sequence[MountSpec]) -> dict[str, str]:
+        looks.append(specs)
+        back.wait(20)
+        return {}
+
+    monkeypatch.setattr(file_service, "ANSWER_TIME", 0.2)
+    monkeypatch.setattr(mounts, "strayed", look)
+    async with served(instance, stand_in("sound"), HOME) as it:
+        try:
+            with trio.fail_after(10):
+                for _ in range(3):
+                    assert len((await it.service.report()).mounts) == 1
+            assert len(looks) == 1
+        finally:
+            back.set()
 
 
 async def test_one_that_does_not_stay_up_is_shown_as_that(
@@ -355,6 +487,18 @@ def test_who_knows_better_is_believed_and_cut() -> None:
     assert row(HOME, known) == Mount(HOME, MountState.DENIED, "r" * words, "h" * words, 1, 2, 3, 4, -5)
     late = ShareState(1, ShareStage.SERVING, GuestStage.MOUNTED, "The clock is off.", "Beware.")
     assert row(HOME, late) == Mount(HOME, MountState.MOUNTED, "The clock is off", "Beware")
+
+
+@pytest.mark.parametrize("stage", [ShareStage.SERVING, ShareStage.MISSING, ShareStage.NOT_A_DIRECTORY])
+def test_a_path_that_means_another_folder_now_is_said(stage: ShareStage) -> None:
+    known = ShareState(1, stage, GuestStage.MOUNTED, "Something else.", "Do it.")
+    shown = row(DATA, known, strayed="/new")
+    assert shown.reason == "/srv/data has come to mean /new; what the VM was given is /disk/data"
+    assert shown.hint == (
+        "if the VM is to see /new: agentctl up --mount /srv/data:/data:ro,locks=host (and the others)"
+    )
+    full = ShareState(1, ShareStage.FULL, GuestStage.MOUNTED)
+    assert row(DATA, full, strayed="/new") == row(DATA, full)
 
 
 def test_without_a_session_nothing_is_mounted() -> None:

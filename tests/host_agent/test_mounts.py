@@ -16,8 +16,8 @@ from protocol.api import MountSpec
 HOME = MountSpec("/home/me", "/home/me")
 
 
-def spec(path: str, guest_path: str = "", **options: bool) -> MountSpec:
-    return MountSpec(path, guest_path or path, **options)
+def spec(path: str, guest_path: str = "", *, read_only: bool = False, host_locks: bool = False) -> MountSpec:
+    return MountSpec(path, guest_path or path, read_only, host_locks)
 
 
 # --- words -----------------------------------------------------------------------------------------
@@ -219,6 +219,22 @@ def test_what_is_new_is_added_and_what_is_there_stays() -> None:
     assert change.later == ("/gone", "/home/me", "/m")
 
 
+def test_a_folder_that_was_moved_is_another_one_if_that_is_known() -> None:
+    here, there, unknown = (MountSpec("/srv/x", "/x", real_path=real) for real in ("/a", "/b", ""))
+    for current, wanted in ((here, here), (here, unknown), (unknown, here), (unknown, unknown)):
+        assert mounts.compare([current], [wanted]) == mounts.Change((), ())
+    assert mounts.compare([here], [there]) == mounts.Change((), ("/x",))
+    assert here == there
+    assert len({here, there, unknown}) == 1
+
+
+@pytest.mark.parametrize("path", ["relative", "/a/../b", "/a/", os.fsdecode(b"/srv/caf\xe9")])
+def test_where_a_folder_really_is_is_a_plain_path_as_well(path: str) -> None:
+    with pytest.raises(UserError):
+        mounts.check([MountSpec("/srv/x", "/x", real_path=path)])
+    mounts.check([MountSpec("/srv/x", "/x", real_path="/a/b")])
+
+
 # --- where a path is -------------------------------------------------------------------------------
 
 
@@ -263,6 +279,15 @@ def test_of_nested_folders_the_one_that_can_be_seen_counts() -> None:
     specs = [spec("/home/me/work", "/work"), HOME]
     assert mounts.guest_path_of(specs, "/home/me/work/a", same) == "/work/a"
     assert mounts.guest_path_of([HOME, spec("/x", "/home/me/work")], "/x/a", same) == "/home/me/work/a"
+
+
+def test_where_a_mount_is_was_found_when_it_was_chosen(machine: Path) -> None:
+    (machine / "link").symlink_to("srv/data")
+    was, now = f"{machine}/home/src", f"{machine}/srv/data"
+    specs = [MountSpec(f"{machine}/link", "/src", real_path=was)]
+    assert mounts.guest_path_of(specs, f"{was}/x") == "/src/x"
+    assert mounts.share_of(specs, now) is None
+    assert mounts.share_of(specs, f"{machine}/link") is None
 
 
 # --- this machine ----------------------------------------------------------------------------------
@@ -385,11 +410,14 @@ def test_the_working_directory_is_added_when_it_is_outside(machine: Path) -> Non
         assert mounts.with_directory((home,), inside, private) == mounts.WithDirectory((home,))
 
 
-def test_a_working_directory_behind_a_symlink_of_a_mount_is_outside(machine: Path) -> None:
+def test_what_a_symlink_of_a_mount_leads_to_is_not_added_by_itself(machine: Path) -> None:
+    """The VM may have made the symlink."""
     home, data = spec(f"{machine}/home"), f"{machine}/srv/data"
     (machine / "home/link").symlink_to(data)
-    added = mounts.with_directory((home,), f"{machine}/home/link", machine / "p")
-    assert added.specs == (home, spec(f"{machine}/home/link", data))
+    outside = mounts.with_directory((home,), f"{machine}/home/link", machine / "p")
+    assert outside.specs == (home,)
+    assert data in outside.warning
+    assert mounts.with_directory((home,), data, machine / "p").specs == (home, spec(data))
 
 
 @pytest.mark.parametrize(
@@ -412,6 +440,41 @@ def test_a_working_directory_that_cannot_be_mounted_is_a_warning(directory: str,
 def test_a_working_directory_in_agentctls_own_folder_is_a_warning(machine: Path) -> None:
     private = machine / "home/.agentctl"
     assert "agentctl's own" in mounts.with_directory((), str(private / "instances"), private).warning
+
+
+def test_where_folders_really_are_is_recorded_when_they_are_chosen(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"{machine}/srv/data"
+    (machine / "link").symlink_to("srv/data")
+    (machine / "users").symlink_to("home")
+    (one, two) = choose(machine, f"{machine}/link:/src", data)
+    assert (one.host_path, one.real_path) == (f"{machine}/link", data)
+    assert (two.host_path, two.real_path) == (data, data)
+    added = mounts.with_directory((), f"{machine}/link", machine / "p").specs
+    assert [spec.real_path for spec in added] == [data]
+    monkeypatch.setenv("HOME", f"{machine}/users")
+    assert [spec.real_path for spec in mounts.default()] == [f"{machine}/home"]
+
+
+def test_what_was_recorded_is_not_looked_up_again(machine: Path) -> None:
+    (machine / "link").symlink_to("srv/data")
+    old, recorded = MountSpec(f"{machine}/link", "/a"), MountSpec(f"{machine}/link", "/b", real_path="/x")
+    assert [spec.real_path for spec in mounts.resolved([old, recorded])] == [f"{machine}/srv/data", "/x"]
+
+
+def test_a_path_has_strayed_when_it_means_another_folder(machine: Path) -> None:
+    (machine / "link").symlink_to("srv/data")
+    (machine / "dangling").symlink_to("nowhere")
+    link, data = f"{machine}/link", f"{machine}/srv/data"
+    specs = [
+        MountSpec(link, "/same", real_path=data),
+        MountSpec(link, "/other", real_path=f"{machine}/home"),
+        MountSpec(link, "/unknown"),
+        MountSpec(f"{machine}/dangling", "/nothing", real_path=data),
+        MountSpec(f"{machine}/gone", "/gone", real_path=data),
+    ]
+    assert mounts.strayed(specs) == {"/other": data}
 
 
 def test_the_working_directory_is_called_as_the_shell_does(

@@ -193,7 +193,7 @@ def test_json_has_the_fields_of_the_messages(capsys: pytest.CaptureFixture[str])
 
 HOME = Mount(MountSpec("/home/me", "/home/me"), MountState.MOUNTED)
 DATA = Mount(
-    MountSpec("/srv/data", "/data", read_only=True, host_locks=True),
+    MountSpec("/srv/data", "/data", read_only=True, host_locks=True, real_path="/disk/data"),
     MountState.MISSING,
     "/srv/data is missing on the host",
     "make it",
@@ -229,6 +229,7 @@ def test_json_of_a_mount_is_one_object(capsys: pytest.CaptureFixture[str]) -> No
             "guest_path": "/data",
             "read_only": True,
             "host_locks": True,
+            "real_path": "/disk/data",
             "state": "missing",
             "reason": "/srv/data is missing on the host",
             "hint": "make it",

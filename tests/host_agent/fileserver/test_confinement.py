@@ -175,6 +175,15 @@ def test_devices_are_seen_and_never_opened(share: Served, tmp_path: Path) -> Non
     share.ask(Unlink, ROOT, b"zero")
 
 
+def test_the_kernels_files_are_out_of_reach() -> None:
+    """A chroot(2) below a share with /proc mounted in it: the memory of this very process would be a file there."""
+    with serving(Path("/")) as share:
+        assert share.refused(Lookup, ROOT, b"proc") == "EACCES"
+        assert share.refused(Lookup, ROOT, b"sys") == "EACCES"
+    with serving(Path("/proc")) as share:
+        assert share.refused(Lookup, ROOT, b"self") != "0"
+
+
 def test_forged_nodes(share: Served, outside: Path) -> None:
     inode = os.stat(outside / "key").st_ino
     for number in (0, -1, 2, inode, 1 << 63, 1 << 200):
@@ -254,8 +263,7 @@ def sealed(tmp_path: Path) -> Iterator[Served]:
     (secret / "deep").mkdir(parents=True)
     (secret / "key").write_text("SECRET")
     (tmp_path / "f").write_text("f")
-    status = os.stat(secret)
-    with serving(tmp_path, sealed=frozenset({(status.st_dev, status.st_ino)})) as share:
+    with serving(tmp_path, hidden=[secret]) as share:
         yield share
 
 
@@ -290,7 +298,7 @@ def test_a_sealed_directory_is_not_moved_or_removed(sealed: Served, flags: int) 
 
 def test_a_sealed_directory_stays_sealed_wherever_it_is_moved(sealed: Served) -> None:
     sealed.node("home/secret")
-    sealed.ask(Rename, ROOT, b"home", ROOT, b"house")
+    os.rename(sealed.path / "home", sealed.path / "house")
     assert sealed.names(sealed.node("house/secret")) == []
     os.rename(sealed.path / "house" / "secret", sealed.path / "moved")
     assert sealed.refused(Lookup, sealed.node("moved"), b"key") == "EACCES"
@@ -301,7 +309,96 @@ def test_what_a_guest_knew_before_it_was_sealed(tmp_path: Path) -> None:
     (tmp_path / "secret" / "key").write_text("SECRET")
     with serving(tmp_path) as share:
         node = share.node("secret/key")
-        status = os.stat(tmp_path / "secret")
-        share.options["sealed"] = frozenset({(status.st_dev, status.st_ino)})
+        share.options["hidden"] = [tmp_path / "secret"]
         share.restart()
         assert share.refused(Read, node, 0, 100) == "EACCES"
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Iterator[Served]:
+    """The host finds its secrets through a symlink of the user's, two directories down."""
+    (tmp_path / "share" / "data" / "deep" / "secret").mkdir(parents=True)
+    (tmp_path / "share" / "home").mkdir()
+    (tmp_path / "share" / "home" / "way").symlink_to("../data/deep")
+    (tmp_path / "share" / "planted" / "secret").mkdir(parents=True)
+    with serving(tmp_path / "share", hidden=[str(tmp_path / "share" / "home" / "way" / "secret")]) as share:
+        yield share
+
+
+HELD = [("", b"data"), ("data", b"deep"), ("", b"home"), ("home", b"way")]
+
+
+@pytest.mark.parametrize("flags", [0, 1, 2])
+@pytest.mark.parametrize(("parent", "name"), HELD)
+def test_what_leads_to_a_sealed_directory_is_not_moved_or_replaced(
+    nested: Served, parent: str, name: bytes, flags: int
+) -> None:
+    directory = nested.node(parent) if parent else ROOT
+    (nested.path / "empty").mkdir()
+    before = _names_below(nested.path)
+    assert nested.refused(Rename, directory, name, ROOT, b"away", flags) == "EBUSY"
+    assert nested.refused(Rename, directory, name, directory, b"aside", flags) == "EBUSY"
+    for other in (b"planted", b"empty"):
+        assert nested.refused(Rename, ROOT, other, directory, name, flags) == "EBUSY"
+    assert nested.refused(RemoveDirectory, directory, name) == "EBUSY"
+    assert nested.refused(Unlink, directory, name) == "EBUSY"
+    assert _names_below(nested.path) == before
+
+
+def _names_below(path: Path) -> list[tuple[str, int]]:
+    return sorted((str(one), one.lstat().st_ino) for one in path.rglob("*"))
+
+
+def test_a_symlink_on_the_way_is_not_replaced_under_another_name(nested: Served) -> None:
+    """A second name of it is the same file, so that is held as well; the first still leads where it did."""
+    nested.ask(MakeLink, nested.node("home/way"), ROOT, b"also")
+    nested.ask(MakeSymlink, ROOT, b"mine", b"planted")
+    assert nested.refused(Rename, ROOT, b"mine", ROOT, b"also") == "EBUSY"
+    assert nested.refused(Create, nested.node("home"), b"way", 0o644, os.O_RDWR) == "ESTALE"
+    assert os.readlink(nested.path / "home" / "way") == "../data/deep"
+
+
+def test_what_is_beside_the_way_is_the_guests(nested: Served) -> None:
+    data = nested.node("data")
+    nested.ask(MakeDirectory, data, b"other", 0o755)
+    nested.ask(Rename, data, b"other", ROOT, b"moved")
+    nested.ask(RemoveDirectory, ROOT, b"moved")
+    nested.ask(Rename, ROOT, b"planted", data, b"planted")
+    assert sorted(os.listdir(nested.path)) == ["data", "home"]
+
+
+def test_what_leads_there_is_held_in_every_share_that_has_it(nested: Served) -> None:
+    with serving(nested.path / "data", hidden=[nested.path / "home/way/secret"]) as inner:
+        assert inner.refused(Rename, ROOT, b"deep", ROOT, b"away") == "EBUSY"
+        assert inner.names(inner.node("deep/secret")) == []
+
+
+def test_a_root_that_comes_later_has_its_secrets_sealed(tmp_path: Path) -> None:
+    """A home that is mounted after the server has started, and another one in its place."""
+    root = tmp_path / "root"
+    with serving(root, hidden=[root / "way" / "secret"]) as share:
+        for _ in range(2):
+            (root / "way" / "secret").mkdir(parents=True)
+            (root / "way" / "secret" / "key").touch()
+            share.tree.check_root()
+            secret = share.node("way/secret")
+            assert share.names(secret) == []
+            assert share.refused(Lookup, secret, b"key") == "EACCES"
+            assert share.refused(Rename, ROOT, b"way", ROOT, b"away") == "EBUSY"
+            root.rename(tmp_path / f"old-{secret}")
+            share.tree.check_root()
+
+
+def test_what_was_restored_below_a_missing_root_is_sealed_when_it_comes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "secret").mkdir(parents=True)
+    (root / "secret" / "key").write_text("SECRET")
+    with serving(root) as share:
+        key, secret = share.node("secret/key"), share.node("secret")
+        root.rename(tmp_path / "away")
+        share.options["hidden"] = [root / "secret"]
+        share.restart()
+        (tmp_path / "away").rename(root)
+        share.tree.check_root()
+        assert share.refused(Read, key, 0, 100) == "EACCES"
+        assert share.names(secret) == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import stat
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from host_agent.fileserver import datafiles
-from host_agent.fileserver.datafiles import AFTER_FLUSH, AFTER_READ, AFTER_WRITE, MAX_OPEN
+from host_agent.fileserver.datafiles import AFTER_FLUSH, AFTER_READ, AFTER_WRITE, MAX_OPEN, OpenFile
 from protocol.files import (
     ROOT,
     SET_MODE,
@@ -47,6 +48,32 @@ def open_modes(path: Path) -> list[int]:
         if not flags & os.O_PATH:
             modes.append(flags & os.O_ACCMODE)
     return sorted(modes)
+
+
+def test_nothing_is_closed_twice(share: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads opened the file, and the second descriptor goes with its call; just then a third one looks for
+    what is idle. Closed twice, the number might be that of another file by then."""
+    (share.path / "f").touch()
+    files, reach = share.tree._core.files, share.tree._core.reach
+    with reach.use(share.node("f")) as node:
+        first, second = (files._install(node, files._open_data(node, os.O_RDONLY), os.O_RDONLY) for _ in "ab")
+        closed: list[int] = []
+        monkeypatch.setattr(datafiles.os, "close", closed.append)
+        close, meanwhile = files._close, iter([True])
+
+        def interrupted(idle: list[OpenFile]) -> None:
+            if next(meanwhile, False):
+                files.close_idle(math.inf)
+            close(idle)
+
+        monkeypatch.setattr(files, "_close", interrupted)
+        files.release(second)
+        files.release(first)
+        files.close_idle(math.inf)
+        monkeypatch.undo()
+        assert sorted(closed) == sorted([first.descriptor, second.descriptor])
+        for descriptor in closed:
+            os.close(descriptor)
 
 
 def test_a_writer_goes_soon_after_the_last_write(share: Served) -> None:

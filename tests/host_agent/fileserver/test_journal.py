@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,10 +121,36 @@ def test_another_guest_begins_anew(path: Path) -> None:
     journal.flush()
     journal.outcome(KEY, Answer(1, 0, []))  # of the old guest, and not written yet
     journal.begin("next boot")
-    assert journal.next_node() == 2
+    journal.next_node()
     journal.close()
     ledger = reread(path)
     assert (ledger.boot_id, ledger.nodes, dict(ledger.outcomes)) == ("next boot", {}, {})
+
+
+def test_numbers_of_a_journal_that_was_lost_are_not_given_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = begun(path)
+    given = [journal.next_node() for _ in range(100)], [journal.next_handle() for _ in range(100)]
+    journal.close()
+    with monkeypatch.context() as full:
+        full.setattr(module, "_write_new", raiser(OSError(errno.ENOSPC, "full")))
+        Journal(path).close()
+    journal = Journal(path)
+    assert journal.restored.boot_id == "", "it was given up, so this may be the same guest"
+    journal.begin("boot")
+    again = [journal.next_node() for _ in range(100)], [journal.next_handle() for _ in range(100)]
+    journal.close()
+    for old, new in zip(given, again, strict=True):
+        assert not set(old) & set(new)
+        assert max(new) < 1 << 63
+
+
+def raiser(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_a_rewrite_keeps_what_is_alive_and_what_was_added_meanwhile(
@@ -131,8 +158,9 @@ def test_a_rewrite_keeps_what_is_alive_and_what_was_added_meanwhile(
 ) -> None:
     monkeypatch.setattr(module, "COMPACT_ABOVE", 10_000)
     journal = begun(path)
-    journal.add(Kind.NODE, SHARE, journal.next_node(), 1, b"kept", 1, 2, 3)
-    journal.add(Kind.COUNTED, SHARE, 2, 1)
+    kept = journal.next_node()
+    journal.add(Kind.NODE, SHARE, kept, 1, b"kept", 1, 2, 3)
+    journal.add(Kind.COUNTED, SHARE, kept, 1)
     unique = 0
     while not journal.wants_compaction:
         unique += 1
@@ -154,7 +182,7 @@ def test_a_rewrite_keeps_what_is_alive_and_what_was_added_meanwhile(
     journal.outcome((SHARE, 2), Answer(1, 0, []))
     journal.close()
     ledger = reread(path)
-    assert ledger.nodes[SHARE][2].lookups == 1
+    assert ledger.nodes[SHARE][kept].lookups == 1
     assert ledger.intents == {KEY: Intent(5, b"meanwhile")}
     assert ledger.outcomes[SHARE, 1].digest == unique
     assert (SHARE, 2) in ledger.outcomes

@@ -8,14 +8,17 @@ import itertools
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from host_agent.descriptor_store import DescriptorStore
 from host_agent.fileserver import locks as module
 from host_agent.fileserver.journal import Journal, read
+from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.locks import READ, UNLOCK, WHOLE_FILE_END, WRITE, HostLocks, Range, with_lock
 from protocol import files
 from protocol.files import LockState, Opened, OpenForLocks, Release, ReleaseOwner, SetLock
@@ -100,6 +103,12 @@ class Bench:
         self.journal.close()
         self.journal = Journal(self.path)
         self.locks = HostLocks(SHARE, self.journal, self.open, past)
+
+    def successor(self, keepsakes: Keepsakes) -> None:
+        """The server goes on, or the next one begins, with a descriptor store."""
+        kept = keepsakes.of(SHARE)
+        past = read(self.path).locks.get(SHARE)
+        self.locks = HostLocks(SHARE, self.journal, self.open, past, kept.claim().locks, kept)
 
 
 @pytest.fixture
@@ -295,3 +304,53 @@ def test_a_file_that_is_gone_loses_its_locks(bench: Bench) -> None:
     bench.file.unlink()
     bench.locks.settle()
     assert bench.locks.lost == 1
+
+
+# --- with the descriptor store ---------------------------------------------------------------------
+
+
+def test_a_description_outlives_the_server(bench: Bench, tmp_path: Path) -> None:
+    """Nobody can take the lock in between, and it is not tried again, but gone on with."""
+    with closing(DescriptorStore()) as store:
+        with store.opened() as (_, theirs), closing(Keepsakes(theirs)) as keepsakes:
+            bench.successor(keepsakes)
+            flocked, ranged = bench.handle(), bench.handle()
+            bench.whole(flocked, WRITE)
+            bench.set(ranged, 5, 10, 19, WRITE)
+            bench.journal.flush()
+        bench.locks.close()
+        assert len(store) == 2
+        assert not flock_of_another(bench.file)
+        assert not posix_lock_of_another(bench.file, 10, 1)
+        with store.opened() as (ours, theirs), closing(Keepsakes(theirs)) as keepsakes:
+            opened = bench.opened
+            bench.successor(keepsakes)
+            bench.locks.settle()
+            assert bench.opened == opened
+            assert bench.locks.lost == 0
+            bench.set(ranged, 6, 30, 39, WRITE)
+            bench.set(ranged, 5, 0, WHOLE_FILE_END, UNLOCK)
+            assert posix_lock_of_another(bench.file, 10, 1)  # at once, whatever the store does
+            bench.whole(flocked, UNLOCK)
+            assert flock_of_another(bench.file)
+            store.take_in(ours)
+            assert len(store) == 1
+
+
+def test_a_lock_that_nobody_was_told_of_is_let_go_of(bench: Bench) -> None:
+    with closing(DescriptorStore()) as store:
+        with store.opened() as (_, theirs), closing(Keepsakes(theirs)) as keepsakes:
+            bench.successor(keepsakes)
+            handle = bench.handle()
+            bench.journal.flush()
+            kept = keepsakes.of(SHARE)
+            with bench.file.open("rb") as other:
+                fcntl.flock(other, fcntl.LOCK_EX)
+                kept.keep_lock(kept.flock(handle), other.fileno())
+        assert not flock_of_another(bench.file)
+        with store.opened() as (ours, theirs), closing(Keepsakes(theirs)) as keepsakes:
+            bench.successor(keepsakes)
+            bench.whole(handle, WRITE)
+            bench.whole(handle, UNLOCK)
+            store.take_in(ours)
+            assert len(store) == 0

@@ -100,9 +100,18 @@ def test_what_exists_is_not_made_again(share: Served) -> None:
 
 def test_create_takes_an_existing_file_as_it_is(share: Served) -> None:
     (share.path / "x").write_text("content")
-    entry = share.ask(Create, ROOT, b"x", 0o600, os.O_RDWR | os.O_TRUNC)
+    entry = share.ask(Create, ROOT, b"x", 0o600, os.O_RDWR)
     assert entry.node == share.node("x")
     assert (share.path / "x").read_text() == "content"
+
+
+def test_create_truncates_what_somebody_else_has_just_made(share: Served) -> None:
+    """The guest's kernel believes that the file is new, and would not."""
+    (share.path / "x").write_text("longer than what will be written")
+    entry = share.ask(Create, ROOT, b"x", 0o600, os.O_WRONLY | os.O_TRUNC)
+    assert entry.node == share.node("x")
+    assert attr(entry).size == 0
+    assert (share.path / "x").read_text() == ""
 
 
 def test_create_over_what_is_no_file(share: Served) -> None:

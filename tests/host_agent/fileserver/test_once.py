@@ -10,6 +10,12 @@ KEY = (7, 100)
 DONE = Answer(1, 0, [])
 
 
+def test_whatever_a_frame_may_say_has_a_digest() -> None:
+    assert digest(4, [1, "\udcff"], b"") != digest(4, [1, "\udcfe"], b""), (
+        "msgpack's way with bytes that are no UTF-8"
+    )
+
+
 def test_the_same_question_gets_the_same_answer() -> None:
     once: Once[str] = Once()
     assert once.ask(KEY, 1, "first") is Verdict.DO

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from host_agent.fileserver import reach
+from host_agent.fileserver import linux, reach
 from protocol.files import (
     ROOT,
     Create,
@@ -237,6 +238,25 @@ def test_a_file_deleted_on_the_host_gives_its_space_back(roomy: Served) -> None:
     assert len(open_descriptors()) == descriptors - 1
     assert roomy.refused(GetAttributes, node) == "ESTALE"
     assert roomy.ask(GetAttributes, stays)
+
+
+def test_a_look_that_fails_holds_nothing(roomy: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    (roomy.path / "f").touch()
+    node = roomy.node("f")
+    roomy.tree.names_gone(1000.0)
+    descriptors = len(open_descriptors())
+    with monkeypatch.context() as broken:
+        broken.setattr(linux, "fstatx", raising(errno.ESTALE))
+        assert roomy.tree.names_gone(1020.0) == []
+    roomy.ask(Forget, 0, [node], [1])
+    assert len(open_descriptors()) == descriptors - 1
+
+
+def raising(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def test_what_the_guest_unlinked_is_not_swept(roomy: Served) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from host_agent.fileserver.root import QUOTA_REMEMBERED, Fullness
 from host_agent.fileserver.tree import Stage
-from protocol.files import ROOT, GetAttributes, List, Lookup, Read
+from protocol.files import ROOT, GetAttributes, List, Lookup, MakeSymlink, Read, Rename
 from tests.host_agent.fileserver.served import Served, attr, ordinary_user, serving
 
 
@@ -35,11 +35,35 @@ def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
         assert share.refused(GetAttributes, ROOT) == "ENOTDIR"
 
 
-def test_through_symlinks_that_the_user_chose(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
+@pytest.mark.parametrize("path", ["link", "link/below"])
+def test_a_symlink_is_not_followed_not_even_at_first(tmp_path: Path, path: str) -> None:
+    """A guest may have put it there before this process came to be."""
+    (tmp_path / "real" / "below").mkdir(parents=True)
     (tmp_path / "link").symlink_to("real")
-    with serving(tmp_path / "link") as share:
-        assert attr(share.ask(GetAttributes, ROOT)).ino == os.stat(tmp_path / "real").st_ino
+    with serving(tmp_path / path) as share:
+        assert stage(share) is Stage.NOT_A_DIRECTORY
+        assert share.refused(GetAttributes, ROOT) == "ENOTDIR"
+        (tmp_path / "link").unlink()
+        (tmp_path / "real").rename(tmp_path / "link")
+        assert share.tree.check_root()
+        assert attr(share.ask(GetAttributes, ROOT)).ino == os.stat(tmp_path / path).st_ino
+
+
+def test_a_symlink_that_a_guest_puts_in_its_place_leads_nowhere(tmp_path: Path) -> None:
+    """One share in another: through the outer one, a guest replaces the inner one, or what it is in."""
+    (tmp_path / "home" / "work" / "inner").mkdir(parents=True)
+    (tmp_path / "secret" / "inner").mkdir(parents=True)
+    with serving(tmp_path / "home" / "work" / "inner") as inner, serving(tmp_path / "home") as outer:
+        outer.ask(Rename, outer.node("work"), b"inner", ROOT, b"gone")
+        outer.ask(MakeSymlink, outer.node("work"), b"inner", os.fsencode(tmp_path / "secret"))
+        assert inner.tree.check_root()
+        assert stage(inner) is Stage.NOT_A_DIRECTORY
+        assert inner.refused(Lookup, ROOT, b"inner") == "ENOTDIR"
+        outer.ask(Rename, ROOT, b"work", ROOT, b"away")
+        outer.ask(MakeSymlink, ROOT, b"work", os.fsencode(tmp_path / "secret"))
+        inner.tree.check_root()
+        assert stage(inner) is Stage.NOT_A_DIRECTORY
+        assert inner.refused(GetAttributes, ROOT) == "ENOTDIR"
 
 
 def test_a_replaced_root_is_adopted_and_old_nodes_are_stale(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import ANY
 
 import pytest
 import trio
 
+from host_agent.descriptor_store import DescriptorStore
+from host_agent.fileserver import admission
+from host_agent.fileserver import calls as calls_module
 from host_agent.fileserver import shares as shares_module
 from host_agent.fileserver.control import (
     GetShares,
@@ -28,6 +30,7 @@ from host_agent.fileserver.control import (
     ShareState,
 )
 from host_agent.fileserver.journal import Journal
+from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.server import FileServer
 from host_agent.fileserver.tree import Outcome, Tree
 from host_agent.fileserver.workers import THREADS
@@ -46,6 +49,7 @@ from protocol.files import (
     List,
     Listing,
     Lookup,
+    MakeDirectory,
     MountReport,
     MountReports,
     MountShares,
@@ -82,6 +86,7 @@ class Scene:
     agent: HostAgent
     server: FileServer
     journal: Journal
+    store: DescriptorStore
     scope: trio.CancelScope
 
 
@@ -93,13 +98,17 @@ async def scene(place: Path, **options: Any) -> AsyncIterator[Scene]:
     journal = Journal(place / "journal")
     ours, theirs = control_pair()
     control = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-    async with port(place) as opened, trio.open_nursery() as nursery:
-        server = FileServer(opened.path, control, journal)
-        nursery.start_soon(server.run)
-        async with host_agent(ours) as agent:
-            folder = SharedFolder(SHARE, str(root), "/guest", **options)
-            yield Scene(root, folder, opened, agent, server, journal, nursery.cancel_scope)
-        nursery.cancel_scope.cancel()
+    with closing(DescriptorStore()) as store, store.opened() as (kept, theirs):
+        keepsakes = Keepsakes(theirs)
+        async with port(place) as opened, trio.open_nursery() as nursery:
+            nursery.start_soon(store.follow, kept)
+            server = FileServer(opened.path, control, journal, keepsakes=keepsakes)
+            nursery.start_soon(server.run)
+            async with host_agent(ours) as agent:
+                folder = SharedFolder(SHARE, str(root), "/guest", **options)
+                yield Scene(root, folder, opened, agent, server, journal, store, nursery.cancel_scope)
+            nursery.cancel_scope.cancel()
+        keepsakes.close()
     journal.close()
 
 
@@ -344,6 +353,83 @@ async def test_a_crowd_of_calls_outlives_its_session(place: Path, monkeypatch: p
         assert (guest.root / "log").read_bytes() == b"line\n" * len(crowd)
 
 
+async def test_what_waits_is_bounded_over_all_sessions(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that begins session after session while the disk hangs, and each time says something new."""
+    monkeypatch.setattr(calls_module, "MAX_WAITING", 3)
+    monkeypatch.setattr(calls_module, "MAX_WAITING_BYTES", 10)
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"log")
+            gate = Gate(monkeypatch, Write)
+            first = kernel.begin(Write(SHARE, kernel.unique(), entry.node, 0), b"12345678")
+            await until(lambda: gate.begun)
+        async with guest.session():
+            with pytest.raises(OSError) as large:
+                await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), b"123")
+            others = [kernel.begin(Write(SHARE, kernel.unique(), entry.node, 8), b"9") for _ in "ab"]
+            with pytest.raises(OSError) as many:
+                await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), b"")
+            assert (large.value.errno, many.value.errno) == (errno.ENOMEM, errno.ENOMEM)
+            gate.open()
+            assert [(await kernel.finish(each)).errno for each in (first, *others)] == [0, 0, 0]
+            for _ in range(5):
+                await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), b"12345678")
+        assert (guest.root / "log").read_bytes() == b"123456789"
+
+
+async def test_large_answers_wait_for_room_and_other_calls_do_not(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "MAX_OF_A_SHARE", 2 * MAX_DATA)
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"large")
+        data = os.urandom(MAX_DATA)
+        await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), data)
+        gate = Gate(monkeypatch, Read)
+        reads = [kernel.begin(Read(SHARE, 0, entry.node, 0, MAX_DATA)) for _ in range(20)]
+        for _ in range(THREADS):
+            await kernel.ask(GetAttributes(SHARE, kernel.unique(), ROOT))
+            assert len(gate.begun) <= 2
+        gate.open()
+        assert {(await kernel.finish(read)).payload for read in reads} == {data}
+        assert len(gate.begun) == 20
+
+
+async def test_what_waits_for_room_is_dropped_with_its_session(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is asked again would be counted twice, and refused."""
+    monkeypatch.setattr(admission, "MAX_OF_A_SHARE", 2 * MAX_DATA)
+    monkeypatch.setattr(calls_module, "MAX_WAITING", 23)
+    async with waiting(place) as guest:
+        kernel = guest.kernel
+        async with guest.session():
+            entry = await guest.create(b"empty")
+            gate = Gate(monkeypatch, Read)
+            reads = [kernel.begin(Read(SHARE, 0, entry.node, 0, MAX_DATA)) for _ in range(20)]
+            await until(lambda: len(gate.begun) == 2)
+        async with guest.session():
+            await kernel.ask(MakeDirectory(SHARE, kernel.unique(), ROOT, b"later", 0o755))
+            gate.open()
+            assert [(await kernel.finish(read)).errno for read in reads] == [0] * 20
+            assert {read.sent for read in reads} == {2}
+
+
+async def test_what_waits_for_room_in_a_share_that_goes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "MAX_OF_A_SHARE", 2 * MAX_DATA)
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"empty")
+        gate = Gate(monkeypatch, Read)
+        reads = [kernel.begin(Read(SHARE, 0, entry.node, 0, MAX_DATA)) for _ in range(5)]
+        await until(lambda: len(gate.begun) == 2)
+        await guest.scene.agent.serve(replace(guest.scene.folder, read_only=True))
+        gate.open()
+        assert [(await kernel.finish(read)).errno for read in reads] == [0, 0] + 3 * [errno.ENODEV]
+
+
 @pytest.mark.parametrize("late", [False, True])
 async def test_a_lookup_whose_answer_was_lost_is_counted_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, late: bool
@@ -417,8 +503,9 @@ async def test_another_boot_begins_with_nothing(place: Path) -> None:
         kernel = guest.kernel
         async with guest.session():
             entry = await guest.create(b"file")
-            append = Write(SHARE, kernel.unique(), entry.node, 0, append=True)
-            await kernel.ask(append, b"line\n")
+            make = MakeDirectory(SHARE, kernel.unique(), ROOT, b"made", 0o755)
+            await kernel.ask(make)
+            (guest.root / "made").rmdir()
             opened = await kernel.ask(OpenForLocks(SHARE, kernel.unique(), entry.node, os.O_RDWR))
             await kernel.ask(
                 SetLock(SHARE, kernel.unique(), entry.node, opened.handle, 0, 0, 0, 1, whole=True)
@@ -430,11 +517,33 @@ async def test_another_boot_begins_with_nothing(place: Path) -> None:
                 await kernel.ask(GetAttributes(SHARE, 0, entry.node))
             assert gone.value.errno == errno.ESTALE
             await until(lambda: is_free(guest.root / "file"))
-            assert await kernel.lookup(b"file") == replace(entry, attr=ANY), "numbers begin anew"
+            assert await kernel.lookup(b"file") != entry, "another guest, other numbers"
+            await kernel.ask(make)  # by its name and content the same as that of the guest before
+            assert (guest.root / "made").is_dir()
+
+
+async def test_descriptors_are_kept_for_a_guest_and_a_share(place: Path) -> None:
+    async with waiting(place, host_locks=True) as guest:
+        kernel, store = guest.kernel, guest.scene.store
+        async with guest.session():
+            entry = await guest.create(b"file")
+            await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"file"))
+            opened = await kernel.ask(OpenForLocks(SHARE, kernel.unique(), entry.node, os.O_RDWR))
             await kernel.ask(
-                append, b"line\n"
-            )  # by its name and content the same as that of the guest before
-            assert (guest.root / "file").read_bytes() == b"line\n" * 2
+                SetLock(SHARE, kernel.unique(), entry.node, opened.handle, 0, 0, 0, 1, whole=True)
+            )
+            await until(lambda: len(store) == 2)
+        async with guest.session():
+            await kernel.ask(GetAttributes(SHARE, 0, entry.node))
+            assert len(store) == 2
+        guest.kernel = kernel = Kernel("boot-2")
+        async with guest.session():
+            await until(lambda: len(store) == 0)
+            await guest.create(b"file")
+            await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"file"))
+            await until(lambda: len(store) == 1)
+            await guest.scene.agent.serve()
+            await until(lambda: len(store) == 0)
 
 
 def is_free(path: Path) -> bool:

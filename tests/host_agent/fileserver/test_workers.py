@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+import pytest
 import trio
 
 from host_agent.fileserver.workers import Completions, Workers
@@ -42,6 +43,25 @@ def test_a_share_that_hangs_takes_its_own_threads_only() -> None:
     assert ended(hung) == ended(other) == ["last"]
     for _ in range(7):
         assert begun.acquire(blocking=False), "and all were done in the end"
+
+
+def test_where_all_threads_are_stuck_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("host_agent.fileserver.workers.STUCK", 0.0)
+    workers = Workers("stuck", 2, 5)
+    release = threading.Event()
+    begun = threading.Semaphore(0)
+
+    def hang() -> None:
+        begun.release()
+        release.wait(SOON)
+
+    for _ in range(8):
+        workers.submit(hang)
+    for _ in range(5):
+        assert begun.acquire(timeout=SOON)
+    assert not begun.acquire(blocking=False)
+    release.set()
+    assert ended(workers) == ["last"]
 
 
 def test_threads_are_started_when_there_is_work_for_them() -> None:

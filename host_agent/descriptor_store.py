@@ -1,0 +1,113 @@
+"""Descriptors that the file server must not lose by being killed: kept here, for the next one.
+
+Like systemd's file descriptor store, but that the names say all there is to know: nothing is understood here.
+The file server says over a socket of their own what is to be kept and what is not any more (``fileserver.keepsakes``);
+what it has kept when it ends is in the socket of the next one before that is started.
+
+The laws: what a server has sent is taken in also after its end, and before the next one begins; and at most ``limit``
+descriptors are held, since each is a file of the user's that cannot be given back to the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+import trio
+
+from host_agent.fileserver.keepsakes import MAX_AT_ONCE, MAX_KEPT, Message, Name, prepare, receive, send
+
+logger = logging.getLogger(__name__)
+
+
+def make_room(limit: int = MAX_KEPT) -> int:
+    """See to it that ``limit`` descriptors may be open, and as many for the rest of the process; how many may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * limit
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return limit if soft == resource.RLIM_INFINITY else min(limit, soft // 2)
+
+
+class DescriptorStore:
+    """What is held for one file server after another. ``close`` gives it all back."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = make_room() if limit is None else limit
+        self._held: dict[Name, int] = {}
+        self.refused = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """The two ends for one server: ours, to ``follow``, and its own, with all that is held.
+
+        At the end both are closed, and what it has sent is taken in. Raises ``OSError``.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            prepare(ours)
+            self._hand_over(ours)
+            try:
+                yield ours, theirs
+            finally:
+                theirs.close()
+                self.take_in(ours)
+
+    def _hand_over(self, ours: socket.socket) -> None:
+        items = iter(list(self._held.items()))
+        while some := list(islice(items, MAX_AT_ONCE)):
+            try:
+                send(ours, (), some)
+            except OSError as error:  # what the next server does not know of it cannot give up
+                names = [name for name, _ in (*some, *items)]
+                logger.warning("%d descriptors could not be handed over: %s", len(names), error)
+                self._discard(names)
+
+    async def follow(self, ours: socket.socket) -> None:
+        """Take in what the server says, to its end."""
+        while self.take_in(ours):
+            await trio.lowlevel.wait_readable(ours)
+
+    def take_in(self, ours: socket.socket) -> bool:
+        """Take in what it has said. False: it will say no more."""
+        try:
+            while (message := receive(ours)) is not None:
+                self._apply(message)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            logger.warning("the file server's descriptors: %s", error)
+        return False
+
+    def _apply(self, message: Message) -> None:
+        self._discard(message.gone)
+        for name, descriptor in message.kept:
+            self._discard([name])
+            if len(self._held) < self._limit:
+                self._held[name] = descriptor
+            else:
+                os.close(descriptor)
+                self._refuse(1)
+        self._refuse(len(message.lost))
+
+    def _refuse(self, count: int) -> None:
+        if count and not self.refused:
+            logger.warning("the descriptor store has no room; from now on they are only counted")
+        self.refused += count
+
+    def _discard(self, names: list[Name]) -> None:
+        for name in names:
+            if (descriptor := self._held.pop(name, -1)) >= 0:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        self._discard(list(self._held))
