@@ -7,7 +7,7 @@ from typing import Final
 
 from guest_agent.fuse import abi
 from guest_agent.fuse.abi import Request
-from guest_agent.fuse.volume import Volume
+from guest_agent.fuse.volume import Volume, attr_ns
 from protocol.files import (
     SET_SIZE,
     GetAttributes,
@@ -27,9 +27,9 @@ _LOCAL_ONLY: Final = abi.FATTR_FH | abi.FATTR_LOCKOWNER | abi.FATTR_CTIME
 async def getattr_(volume: Volume, request: Request) -> bytes:
     node = request.nodeid
     attributes = await volume.host.ask(GetAttributes(volume.share, request.unique ^ volume.salt, node))
-    if attributes.stale:
+    if attributes.stale or volume.is_dropping(node):
         await volume.drop(node)
-    return abi.attr_out(attributes.attr)
+    return abi.attr_out(attributes.attr, attr_ns(attributes.attr))
 
 
 async def setattr_(volume: Volume, request: Request) -> bytes:
@@ -40,10 +40,6 @@ async def setattr_(volume: Volume, request: Request) -> bytes:
     )
     if valid & SET_SIZE:
         volume.written.add(node)
-        if attributes.stale:
-            volume.drop_soon(node)
-    elif attributes.stale:
-        await volume.drop(node)
     return abi.attr_out(attributes.attr)
 
 

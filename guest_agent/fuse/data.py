@@ -52,8 +52,6 @@ async def write(volume: Volume, request: Request) -> bytes:
     written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
     if written.offset != offset:
         await volume.drop_for_append(node)
-    elif written.stale:
-        volume.drop_soon(node)
     return abi.write_out(written.size)
 
 
@@ -62,9 +60,7 @@ async def fallocate(volume: Volume, request: Request) -> bytes:
     node = request.nodeid
     volume.written.add(node)
     unique = request.unique ^ volume.salt
-    attributes = await volume.host.ask(Allocate(volume.share, unique, node, mode, offset, length))
-    if attributes.stale:
-        await volume.drop(node)
+    await volume.host.ask(Allocate(volume.share, unique, node, mode, offset, length))
     return b""
 
 
@@ -83,8 +79,6 @@ async def copy_file_range(volume: Volume, request: Request) -> bytes:
     unique = request.unique ^ volume.salt
     call = CopyRange(volume.share, unique, request.nodeid, offset, to_node, to_offset, length)
     written = await volume.host.ask(call)
-    if written.stale:
-        await volume.drop(to_node)
     return abi.write_out(written.size)
 
 

@@ -5,9 +5,10 @@ is kept here is what only this side can know.
 
 The law of stale data: when the host says that a file's data is not what this guest was last given, the
 kernel's copy is dropped *before* the answer that said so, for whoever asked (open(2), stat(2)) goes by it.
-With two exceptions, where the kernel holds what dropping waits for until it has the answer: WRITE (it may
-hold a page: fuse_fill_write_pages) and a SETATTR of the size (no dirty page can be written meanwhile:
-fuse_do_setattr, FUSE_NOWRITE). These are answered first.
+Only a LOOKUP or a GETATTR is ever answered so. A WRITE or a SETATTR must never wait for a drop: the kernel
+holds a page until it has the answer (fuse_fill_write_pages), or no page is written meanwhile (FUSE_NOWRITE).
+
+The only time for which anything is used without asking is ``TICK``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ RETRY: Final = 0.05
 APPEND_PATIENCE: Final = 0.02
 """Seconds that an append which went elsewhere waits for its page to be dropped. Either that takes far less, or
 the kernel holds the page until the answer, and nobody sees it meanwhile."""
+
+
+TICK: Final = 1
+"""ns for which a directory's attributes count as fresh; the kernel makes it one tick of its clock, 4 ms. A path
+is walked by asking for each name, and then for the permissions of what the answer was: without this, half of
+all messages. It ends with promises."""
+
+_MODE_HIGH: Final = 61
+"""Of an ``ATTR``, the byte with the type of the file."""
+
+
+def attr_ns(attr: bytes) -> int:
+    """For how long ``attr`` may be used without asking."""
+    return TICK if attr[_MODE_HIGH] & 0xF0 == 0x40 else 0
 
 
 class Dropper(Protocol):
@@ -76,14 +91,15 @@ class Volume:
         """Requests that wait for a lock, by unique; None once they have been interrupted."""
         self.salt = salt << SALT_SHIFT
         self._notifier = notifier
+        self._dropping: dict[int, int] = {}
+        """How many wait for the drop of a node's data. Who asks about it meanwhile is answered after that, too."""
+
+    def is_dropping(self, node: int) -> bool:
+        return node in self._dropping
 
     def drop(self, node: int) -> _Drop:
         """Await it to have the kernel's copy of a file's data dropped."""
         return _Drop(self._drop, node)
-
-    def drop_soon(self, node: int) -> None:
-        """The same after the answer: it is given before the notifier can have begun, or is not waited for."""
-        self._drop(node, _nothing)
 
     def drop_name(self, parent: int, name: bytes) -> None:
         """Have the kernel forget a name, in its own time: only memory depends on it."""
@@ -97,15 +113,15 @@ class Volume:
     async def entry(self, call: FileCall[Entry]) -> Entry:
         """A node that the host names."""
         entry = await self.host.ask(call)
-        if entry.stale:
+        if entry.stale or entry.node in self._dropping:
             await self.drop(entry.node)
         return entry
 
     async def entry_out(self, call: FileCall[Entry]) -> bytes:
         entry = await self.host.ask(call)
-        if entry.stale:
+        if entry.stale or entry.node in self._dropping:
             await self.drop(entry.node)
-        return abi.entry_out(entry.node, entry.attr)
+        return abi.entry_out(entry.node, entry.attr, 0, attr_ns(entry.attr))
 
     def interrupt(self, unique: int) -> None:
         """The caller of a request has had a signal."""
@@ -115,10 +131,21 @@ class Volume:
         self.host.interrupt(self.share, unique ^ self.salt)
 
     def _drop(self, node: int, then: Callable[[], None]) -> None:
+        self._dropping[node] = self._dropping.get(node, 0) + 1
+
+        def done() -> None:
+            self._dropping[node] -= 1
+            if not self._dropping[node]:
+                del self._dropping[node]
+            then()
+
+        self._notify(node, done)
+
+    def _notify(self, node: int, done: Callable[[], None]) -> None:
         try:
-            self._notifier.invalidate_data(node, then)
+            self._notifier.invalidate_data(node, done)
         except NotifierFull:
-            self.timers.after(RETRY, partial(self._drop, node, then))
+            self.timers.after(RETRY, partial(self._notify, node, done))
 
 
 def _nothing() -> None:

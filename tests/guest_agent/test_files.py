@@ -146,13 +146,13 @@ class Host:
         service = Service()
         link = Link(stream, Role.HOST, service, Hello(), max_payload=MAX_FILES_PAYLOAD, max_backlog=1 << 28)
         service.on_call(lambda call: self._on_call(link, call))
-        async with trio.open_nursery() as nursery:
-            await nursery.start(link.run)
-            try:
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(link.run)
                 yield link
-            finally:
                 nursery.cancel_scope.cancel()
-                await channel.aclose()
+        finally:
+            await channel.aclose()
 
     async def holds(self, count: int) -> None:
         with trio.fail_after(20):
@@ -408,7 +408,7 @@ async def test_names_that_are_gone_are_forgotten_but_for_what_is_in_use(guest: G
         fifo = guest.path / "go"
         os.mkfifo(fifo)
         script = f"cat {place}/unused; exec 5<{place}/open; read; cat <&5"
-        output = await in_background(guest, f"{script} <{fifo}")
+        output = await in_background(guest, f"{{ {script}; }} <{fifo}")
         async with await trio.open_file(fifo, "w") as go:
             await trio.to_thread.run_sync(lambda: wait_for(lambda: len(folder._nodes) == 3))
             await link.notify(NamesGone(1, [1, 1], [b"unused", b"open"]))
