@@ -1,0 +1,119 @@
+"""A process that runs ``workloads.py`` beside the mounts, and is asked for one sample at a time.
+
+The law: whatever the mount does, an answer comes in time. A driver that is silent for too long (a hung mount
+leaves it in D state) is given up with its processes and another one is started; the sample has an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from tests.bench.files.workloads import Request
+
+#: A driver makes its archive before it is ready; an emulated Python takes seconds to start.
+START_TIMEOUT = 120.0
+
+
+class DriverLost(Exception):
+    """No answer came; the message is a clause."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What ``workloads.py`` says: seconds and a count, or an error."""
+
+    seconds: float = 0.0
+    count: int = 0
+    error: str = ""
+
+
+class Driver:
+    """``start`` starts the process, its stdin and stdout pipes; it is called again when one was lost."""
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._start = start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._buffer = b""
+        self.environment: dict[str, Any] = {}
+
+    def __enter__(self) -> Driver:
+        self._ensure()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def ask(self, request: Request, timeout: float) -> Answer:
+        """One sample, an error if there is no answer within ``timeout`` seconds."""
+        try:
+            process = self._ensure()
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(dataclasses.asdict(request)).encode() + b"\n")
+            process.stdin.flush()
+            return Answer(**self._read(process, timeout))
+        except (DriverLost, BrokenPipeError) as error:
+            self._end()
+            return Answer(error=str(error))
+
+    def _ensure(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._buffer = b""
+            self._process = self._start()
+            self.environment = self._read(self._process, START_TIMEOUT)
+        return self._process
+
+    def _read(self, process: subprocess.Popen[bytes], timeout: float) -> dict[str, Any]:
+        assert process.stdout is not None
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise DriverLost(f"no answer within {timeout:.0f} s")
+                data = os.read(process.stdout.fileno(), 65536)
+                if not data:
+                    raise DriverLost("the process that runs the workloads ended")
+                self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise DriverLost(f"it said {line[:80]!r}")
+        return answer
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            end(process)
+
+
+def end(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
+    """End a process that leads a group of its own, and the group; one in D state is left to the kernel."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def spawn(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start ``command`` in a group of its own, for ``end``; it is killed if this process is."""
+    return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], start_new_session=True, **options)

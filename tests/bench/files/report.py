@@ -1,0 +1,225 @@
+"""What a run found: every sample, the medians and ratios they come to, a table and a JSON file.
+
+The law: pure. The JSON file is ``Report`` and nothing else; ``load`` refuses what is not one, so that whoever
+compares two runs can trust their fields. Times are in seconds and never judged here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+DataclassT = TypeVar("DataclassT")
+
+FORMAT = 1
+
+#: The peer whose times are divided by the others'.
+OURS = "agentctl"
+
+#: Samples that differ by more than this factor make a median that is not to be relied on; the table marks it.
+WIDE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One timed run. Either ``error`` is a sentence, or ``seconds`` and ``count`` are what came of it."""
+
+    round: int
+    workload: str
+    peer: str
+    seconds: float = 0.0
+    count: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The samples of a workload on a peer: how many succeeded, and their median, least and greatest seconds."""
+
+    workload: str
+    peer: str
+    samples: int
+    median: float
+    least: float
+    greatest: float
+
+    @property
+    def is_wide(self) -> bool:
+        return self.greatest > WIDE * self.least
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The median of ours over the median of ``peer``: below 1, ours is faster."""
+
+    workload: str
+    peer: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A whole run. ``environment`` says what it ran on, ``sizes`` how much (``trees.Sizes``), ``procedure`` how,
+    and ``unavailable`` why a peer is missing. ``complete``: nothing failed, and time did not run out."""
+
+    command: list[str]
+    started: str
+    seconds: float
+    rounds: int
+    peers: list[str]
+    workloads: list[str]
+    environment: dict[str, str]
+    sizes: dict[str, int]
+    procedure: str
+    unavailable: dict[str, str]
+    complete: bool
+    samples: list[Sample]
+    cells: list[Cell] = field(default_factory=list)
+    ratios: list[Ratio] = field(default_factory=list)
+    format: int = FORMAT
+
+
+def summarize(samples: Iterable[Sample]) -> list[Cell]:
+    """A cell for each workload and peer with a good sample, in the order of their first."""
+    times: dict[tuple[str, str], list[float]] = {}
+    for sample in samples:
+        if not sample.error:
+            times.setdefault((sample.workload, sample.peer), []).append(sample.seconds)
+    return [
+        Cell(workload, peer, len(found), statistics.median(found), min(found), max(found))
+        for (workload, peer), found in times.items()
+    ]
+
+
+def compare(cells: Iterable[Cell]) -> list[Ratio]:
+    """Ours over each peer, where both have a time. A time of zero has no ratio."""
+    medians = {(cell.workload, cell.peer): cell.median for cell in cells}
+    return [
+        Ratio(workload, peer, medians[workload, OURS] / median)
+        for (workload, peer), median in medians.items()
+        if peer != OURS and median > 0 and (workload, OURS) in medians
+    ]
+
+
+def complete(report: Report) -> Report:
+    """``report`` with the cells and ratios that its samples come to."""
+    cells = summarize(report.samples)
+    return dataclasses.replace(report, cells=cells, ratios=compare(cells))
+
+
+def disagreements(samples: Sequence[Sample]) -> list[Sample]:
+    """The good samples whose count is not that of the first good sample of their workload."""
+    expected: dict[str, int] = {}
+    good = [sample for sample in samples if not sample.error]
+    for sample in good:
+        expected.setdefault(sample.workload, sample.count)
+    return [sample for sample in good if sample.count != expected[sample.workload]]
+
+
+# --- JSON ------------------------------------------------------------------------------------------
+
+
+def dump(report: Report) -> str:
+    return json.dumps(dataclasses.asdict(report), indent=1) + "\n"
+
+
+def load(text: str) -> Report:
+    """The report that ``dump`` wrote; raises ``ValueError`` for anything else."""
+    values = json.loads(text)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"not a report of format {FORMAT}")
+    return _load(Report, values)
+
+
+def _load(kind: type[DataclassT], values: object) -> DataclassT:
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {values!r}")  # noqa: TRY004
+    hints = get_type_hints(kind)
+    if values.keys() != hints.keys():
+        raise ValueError(f"{kind.__name__} has other fields: {sorted(values.keys() ^ hints.keys())}")
+    return kind(**{name: _convert(hint, values[name], name) for name, hint in hints.items()})
+
+
+def _convert(hint: Any, value: object, name: str) -> object:
+    if get_origin(hint) is list and isinstance(value, list):
+        return [_convert(get_args(hint)[0], item, name) for item in value]
+    if get_origin(hint) is dict and isinstance(value, dict):
+        return {key: _convert(get_args(hint)[1], item, name) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _load(hint, value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+def table(report: Report) -> str:
+    """Seconds (medians) of each peer, and ours as a multiple of each of the others."""
+    cells = {(cell.workload, cell.peer): cell for cell in report.cells}
+    ratios = {(ratio.workload, ratio.peer): ratio.value for ratio in report.ratios}
+    others = [peer for peer in report.peers if peer != OURS] if OURS in report.peers else []
+    rows = [["seconds", *report.peers, *(f"{OURS} / {peer}" for peer in others)]]
+    for workload in report.workloads:
+        times = [_seconds(cells.get((workload, peer)), report.rounds) for peer in report.peers]
+        rows.append([workload, *times, *(_factor(ratios.get((workload, peer))) for peer in others)])
+    lines = _aligned(rows)
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, "", *_footnotes(report)]) + "\n"
+
+
+def _seconds(cell: Cell | None, rounds: int) -> str:
+    if cell is None:
+        return "-"
+    number = f"{'~' if cell.is_wide else ''}{_significant(cell.median)}"
+    return number if cell.samples == rounds else f"({cell.samples}) {number}"
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{_significant(value)}x"
+
+
+def _significant(value: float) -> str:
+    """Three digits that mean something: 12.3, 1.23, 0.123, 0.00123."""
+    if value >= 100:
+        return f"{value:.0f}"
+    if value >= 0.1:
+        return f"{value:#.3g}"
+    return f"{value:.4f}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _footnotes(report: Report) -> list[str]:
+    notes = [f"medians of {report.rounds} rounds, peers interleaved" if report.cells else "nothing was timed"]
+    if any(cell.samples < report.rounds for cell in report.cells):
+        notes.append("(n) of n samples only: it failed, time ran out, or it was too slow to be repeated")
+    if any(cell.is_wide for cell in report.cells):
+        notes.append(f"~ the slowest sample took more than {WIDE:g} times as long as the fastest")
+    notes.append(report.procedure)
+    notes.append("sizes: " + ", ".join(f"{name} {value:,}" for name, value in report.sizes.items()))
+    notes += [f"{peer} is missing: {reason}" for peer, reason in report.unavailable.items()]
+    errors = dict.fromkeys(f"{s.workload} on {s.peer}: {s.error}" for s in report.samples if s.error)
+    notes += [f"failed: {error}" for error in errors]
+    notes += [
+        f"wrong: {s.workload} on {s.peer} counted {s.count}, unlike the others"
+        for s in disagreements(report.samples)
+    ]
+    notes += [f"{name}: {value}" for name, value in report.environment.items()]
+    return notes
