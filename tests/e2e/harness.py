@@ -103,12 +103,14 @@ class Instance:
         check: bool = True,
         input: bytes | None = None,
         timeout: float = BOOT_TIME,
+        cwd: str | None = None,
         **environment: str,
     ) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "host_agent", *arguments]
         done = subprocess.run(
             command,
             env={**self.environment, **environment},
+            cwd=cwd,
             input=input if input is not None else b"",
             capture_output=True,
             timeout=timeout,
