@@ -89,12 +89,15 @@ class AttributeOperations:
                 node.told = after.size
             return Outcome(Attributes(self._core.attr(after)))
 
-    @staticmethod
-    def _set_owner(node: Node, call: SetAttributes) -> None:
+    def _set_owner(self, node: Node, call: SetAttributes) -> None:
         uid = call.uid if call.valid & SET_UID else -1
         gid = call.gid if call.valid & SET_GID else -1
         if _NOBODY in (uid, gid):
             raise failure(errno.EINVAL)
+        if not self._core.is_root:
+            # What the guest's root makes is ours, so what it gives to itself is, too: dockerd gives each folder
+            # that it makes for a bind mount to root, and tar what it unpacks.
+            uid, gid = uid or os.geteuid(), gid or os.getegid()
         os.chown(linux.magic_link(node.descriptor), uid, gid)
 
     def _set_size(self, node: Node, size: int) -> None:

@@ -17,6 +17,13 @@ SETUID = (
     "for every user but root, who runs this test's file server."
 )
 
+ORDINARY = (
+    "On the host it is not root who does it: nobody else's files are made, and setuid is lost by a write."
+)
+
+BY_AN_ORDINARY_USER = ("as its owner, ", "as another user, ", "chown", "create with mode: ")
+"""Rows, by how they begin, that may differ where the host's side does not run as root (ORDINARY)."""
+
 ACCEPTED: dict[str, tuple[Any, str]] = {
     "chown by an ordinary user": (["EPERM", "EPERM", "EPERM", "EPERM"], OWNERS),
     "a file belongs to who makes it": ([False, False, False], OWNERS),

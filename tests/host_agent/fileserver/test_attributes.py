@@ -114,9 +114,9 @@ def test_an_ordinary_user_is_told_the_truth() -> None:
     with ordinary_user() as place, serving(place) as share:
         (place / "f").touch()
         node = share.node("f")
-        assert share.refused(SetAttributes, node, SET_UID, uid=0) == "EPERM"
+        assert share.refused(SetAttributes, node, SET_UID, uid=NOBODY + 1) == "EPERM"
         share.ask(SetAttributes, node, SET_UID, uid=os.geteuid())
-        assert share.refused(SetAttributes, share.node("f"), SET_GID, gid=0) == "EPERM"
+        assert share.refused(SetAttributes, share.node("f"), SET_GID, gid=NOBODY + 1) == "EPERM"
 
 
 @pytest.mark.parametrize(("mode", "left"), [(0o6755, 0o755), (0o2644, 0o2644), (0o4644, 0o644)])
@@ -167,3 +167,12 @@ def test_the_size_of_the_filesystem(share: Served) -> None:
     found, expected = share.ask(GetFilesystemSize, ROOT), os.statvfs(share.path)
     assert (found.blocks, found.frsize, found.namelen) == (expected.f_blocks, expected.f_frsize, 255)
     assert found.files == expected.f_files
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may give files to anybody")
+def test_what_the_guests_root_gives_to_itself_is_ours(share: Served) -> None:
+    (share.path / "f").write_text("x")
+    node = share.node("f")
+    answer = attr(share.ask(SetAttributes, node, SET_UID | SET_GID, uid=0, gid=0))
+    assert (answer.uid, answer.gid) == (os.geteuid(), os.getegid())
+    assert share.refused(SetAttributes, node, SET_UID, uid=os.geteuid() + 1) == "EPERM"
