@@ -52,6 +52,8 @@ async def write(volume: Volume, request: Request) -> bytes:
     written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
     if written.offset != offset:
         await volume.drop_for_append(node)
+    elif append:
+        volume.adrift.discard(node)
     return abi.write_out(written.size)
 
 
@@ -87,9 +89,10 @@ async def flush(volume: Volume, request: Request) -> bytes:
     node = request.nodeid
     if node in volume.written:
         volume.written.discard(node)
-        volume.host.tell(Flushed(volume.share, 0, node))
+        volume.host.tell(Flushed(volume.share, 0, node), lasting=False)
     if volume.host_locks:
         handle, owner = abi.parse_flush(request.body)
+        volume.lockers.pop((node, owner), None)
         unique = request.unique ^ volume.salt
         call = ReleaseOwner(volume.share, unique, node, handle, owner)
         await volume.host.ask(call, lasting=True)
@@ -100,6 +103,8 @@ def release(volume: Volume, request: Request) -> bytes:
     """The kernel waits for no answer. Handle 0: of CREATE, or before it knew that OPEN is not needed."""
     handle, _flags, _release_flags, owner = abi.parse_release(request.body)
     if handle:
-        unique = request.unique ^ volume.salt
-        volume.host.tell(Release(volume.share, unique, request.nodeid, handle, owner))
+        node, unique = request.nodeid, request.unique ^ volume.salt
+        for left in volume.take_lockers(node, handle):
+            volume.host.tell(ReleaseOwner(volume.share, next(volume.uniques), node, handle, left))
+        volume.host.tell(Release(volume.share, unique, node, handle, owner))
     return b""

@@ -115,9 +115,10 @@ class Host:
         """To be awaited by an operation. ``payload`` must not change."""
         return Ask(self, call, payload, lasting)
 
-    def tell(self, call: FileCall[Any]) -> None:
-        """Ask with nobody waiting for the answer; it reaches the host however long that takes."""
-        self.enter(Ask(self, call, b"", True))
+    def tell(self, call: FileCall[Any], *, lasting: bool = True) -> None:
+        """Ask with nobody waiting for the answer; it reaches the host however long that takes. Without
+        ``lasting`` a host that is away for long never hears of it, and nothing piles up for it."""
+        self.enter(Ask(self, call, b"", lasting))
 
     def enter(self, ask: Ask[Any]) -> None:
         """(For ``Ask``.) Send it as soon as there is a session, room, and nothing before it."""

@@ -2,19 +2,24 @@
 
 The host never lets a call wait for a lock: it would hold one of its threads for hours. Who waits asks again
 from here, and can be interrupted between two times.
+
+The law: who gets a lock sees what was written by those who had it before. A program that locks a file does not
+open or stat it again, and reads from the kernel's copy (sqlite: the change counter, with pread(2)); so what is
+stale is dropped before the answer. (NFS does the same: nfs(5), "Using file locks with NFS".)
 """
 
 from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from fcntl import F_UNLCK
 from typing import Final
 
 from guest_agent.fuse import abi
 from guest_agent.fuse.abi import Request
 from guest_agent.fuse.operation import Pause
 from guest_agent.fuse.volume import Volume
-from protocol.files import SetLock, TestLock
+from protocol.files import GetAttributes, SetLock, TestLock
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.1
 """Seconds between two attempts, doubling."""
@@ -31,8 +36,9 @@ async def getlk(volume: Volume, request: Request) -> bytes:
 
 
 async def setlk(volume: Volume, request: Request) -> bytes:
-    await volume.host.ask(_set_lock(volume, request, request.unique ^ volume.salt))
-    return b""
+    call = _set_lock(volume, request, request.unique ^ volume.salt)
+    await volume.host.ask(call)
+    return await _locked(volume, call)
 
 
 async def setlkw(volume: Volume, request: Request) -> bytes:
@@ -50,6 +56,22 @@ async def setlkw(volume: Volume, request: Request) -> bytes:
             call = replace(call, unique=next(volume.uniques))
     finally:
         del volume.locking[unique]
+    return await _locked(volume, call)
+
+
+async def _locked(volume: Volume, call: SetLock) -> bytes:
+    """What follows a lock that was got, or given back."""
+    if call.kind == F_UNLCK:
+        return b""
+    if not call.whole:
+        volume.lockers[call.node, call.owner] = call.handle
+    try:
+        attributes = await volume.host.ask(GetAttributes(volume.share, next(volume.uniques), call.node))
+        stale = attributes.stale or volume.is_dropping(call.node)
+    except OSError:
+        stale = True  # unknown; but the lock is held
+    if stale:
+        await volume.drop(call.node)
     return b""
 
 

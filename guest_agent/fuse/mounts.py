@@ -96,7 +96,8 @@ class Mounts:
 
     def _adopt(self, fd: int, stored: StoredConnection, salt: int, mounts: list[Mount]) -> None:
         here = [mount for mount in mounts if (mount.share, mount.device) == (stored.share, stored.device)]
-        path, read_only = (here[-1].path, here[-1].read_only) if here else ("", False)
+        # The first is the one that was made by us; others are bind mounts of it, those of Docker's volumes for one.
+        path, read_only = (here[0].path, here[0].read_only) if here else ("", False)
         share = Share(stored.share, path, read_only, stored.host_locks)
         negotiated = Negotiated(stored.minor, stored.flags) if stored.minor else None
         connection = Connection.adopt(fd, _spec(share), negotiated, stored.device)

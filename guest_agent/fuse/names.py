@@ -32,12 +32,14 @@ async def lookup(volume: Volume, request: Request) -> bytes:
 
 def forget(volume: Volume, request: Request) -> None:
     volume.written.discard(request.nodeid)
+    volume.adrift.discard(request.nodeid)
     volume.forgets.add(request.nodeid, abi.parse_forget(request.body))
 
 
 def batch_forget(volume: Volume, request: Request) -> None:
     nodes, counts = abi.parse_batch_forget(request.body)
     volume.written.difference_update(nodes)
+    volume.adrift.difference_update(nodes)
     for node, count in zip(nodes, counts, strict=True):
         volume.forgets.add(node, count)
 

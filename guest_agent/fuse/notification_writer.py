@@ -34,11 +34,16 @@ MAX_MESSAGE: Final = 4096
 """The longest notification is INVAL_ENTRY with a name of 255 bytes."""
 
 THREADS: Final = 8
-"""At most for each connection; one is busy for as long as pages of its file are being read from the host."""
+"""At most for each connection's data, and as many for its names; one is busy for as long as pages of its file are
+being read from the host, or its directory is locked. Apart, for a LOOKUP that holds the lock of its directory may
+be answered only after the drop of data: names of that directory, which wait for the lock, must not stand before it."""
+
+_INVAL_ENTRY: Final = struct.pack("<i", 3)
+"""FUSE_NOTIFY_INVAL_ENTRY, the second word of a notification."""
 
 
 class Writers:
-    """The threads of one connection. They are made as they are needed, and end with ``close``."""
+    """The threads for one connection's data or names. They are made as they are needed, and end with ``close``."""
 
     def __init__(self, fd: int, results: socket.socket) -> None:
         self._fd = fd
@@ -86,18 +91,21 @@ class Writers:
 
 def run(link: socket.socket) -> None:
     """Until the server's end is closed."""
-    connections: dict[int, Writers] = {}
+    connections: dict[int, tuple[Writers, Writers]] = {}
     while True:
         message, fds, _, _ = socket.recv_fds(link, MAX_MESSAGE, 1)
         if not message:
             return
         action, connection, ticket = HEAD.unpack_from(message)
         if action == OPEN:
-            connections[connection] = Writers(fds[0], link)
+            connections[connection] = Writers(fds[0], link), Writers(os.dup(fds[0]), link)
         elif action == CLOSE:
-            connections.pop(connection).close()
+            for writers in connections.pop(connection):
+                writers.close()
         elif action == WRITE:
-            connections[connection].write(ticket, message[HEAD.size :])
+            data, names = connections[connection]
+            notification = message[HEAD.size :]
+            (names if notification[4:8] == _INVAL_ENTRY else data).write(ticket, notification)
 
 
 def main(arguments: list[str]) -> None:

@@ -89,6 +89,11 @@ class Volume:
         """Nodes that may be open for writing on the host: it is told when they are closed here."""
         self.locking: dict[int, Pause | None] = {}
         """Requests that wait for a lock, by unique; None once they have been interrupted."""
+        self.lockers: dict[tuple[int, int], int] = {}
+        """Handles by node and owner: of fcntl(2) locks on the host that no FLUSH has given back. If RELEASE of the
+        handle comes before one, they are the open file's own (F_OFD_SETLK), and the kernel says no more of them."""
+        self.adrift: set[int] = set()
+        """Files that are appended to elsewhere than the kernel thinks, whose page it was seen to hold meanwhile."""
         self.salt = salt << SALT_SHIFT
         self._notifier = notifier
         self._dropping: dict[int, int] = {}
@@ -107,8 +112,23 @@ class Volume:
             self._notifier.invalidate_entry(parent, name, _nothing)
 
     async def drop_for_append(self, node: int) -> None:
-        """The same as far as it is possible before the answer to a WRITE."""
-        await _Within(self.drop(node), APPEND_PATIENCE, self.timers)
+        """The same as far as it is possible before the answer to a WRITE.
+
+        The kernel goes on with its wrong size until somebody asks for it, a log's writer never. Its page was
+        dropped after the first of such appends, so that it holds it during each that follows: waiting would cost
+        ``APPEND_PATIENCE`` a line, in vain.
+        """
+        if node in self.adrift:
+            self._drop(node, _nothing)
+        elif not await _Within(self.drop(node), APPEND_PATIENCE, self.timers):
+            self.adrift.add(node)
+
+    def take_lockers(self, node: int, handle: int) -> list[int]:
+        """The owners of fcntl(2) locks that are left when ``handle`` is released."""
+        owners = [owner for (locked, owner), by in self.lockers.items() if (locked, by) == (node, handle)]
+        for owner in owners:
+            del self.lockers[node, owner]
+        return owners
 
     async def entry(self, call: FileCall[Entry]) -> Entry:
         """A node that the host names."""
@@ -167,7 +187,7 @@ class _Drop:
 
 
 class _Within:
-    """Another wait, or so many seconds of it."""
+    """Another wait, or so many seconds of it; ``await`` returns whether it has come to its end."""
 
     def __init__(self, wait: Wait, seconds: float, timers: Timers) -> None:
         self._wait = wait
@@ -175,16 +195,17 @@ class _Within:
         self._timers = timers
         self._resume: Resume | None = None
 
-    def __await__(self) -> Generator[Wait, Any, None]:
-        yield self
+    def __await__(self) -> Generator[Wait, Any, bool]:
+        ended: bool = yield self
+        return ended
 
     def begin(self, resume: Resume) -> None:
         self._resume = resume
-        self._wait.begin(self._end)
+        self._wait.begin(lambda _: self._end(True))
         if self._resume is not None:
-            self._timers.after(self._seconds, self._end)
+            self._timers.after(self._seconds, partial(self._end, False))
 
-    def _end(self, _: object = None) -> None:
+    def _end(self, ended: bool) -> None:
         if (resume := self._resume) is not None:
             self._resume = None
-            resume(None)
+            resume(ended)

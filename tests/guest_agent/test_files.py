@@ -512,6 +512,25 @@ async def test_a_killed_agent_is_followed_by_one_that_goes_on(guest: Guest, host
     assert (root / "log").read_text() == "line\n"
 
 
+async def test_a_bind_mount_of_a_whole_share_is_not_taken_for_it(guest: Guest, host: Host) -> None:
+    """Docker's local volumes are such mounts, in the guest's own namespace."""
+    share, volume = Share(1, str(guest.path / "a")), guest.path / "volume"
+    volume.mkdir()
+    (host.folders[1].root / "f").touch()
+    agent = guest.start()
+    async with host.session() as link:
+        await mount(link, share)
+        guest.hear("READY=1")
+        await guest.run(f"mount --bind {share.path} {volume}")
+        agent.kill()
+        agent.wait(timeout=20)
+    guest.start()
+    async with host.session() as link:
+        assert await mount(link, share) == mounted(1)
+        assert await mounts_of(guest) == [share.path, str(volume)]
+        assert await guest.run(f"ls {volume}") == "f\n"
+
+
 # --- by itself -----------------------------------------------------------------------------------------------
 
 

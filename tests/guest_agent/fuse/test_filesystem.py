@@ -428,6 +428,22 @@ def test_an_append_whose_page_the_kernel_holds_is_answered_all_the_same() -> Non
     assert script.answers == [("dropped", 5)]
 
 
+def test_only_the_first_of_many_appends_that_go_elsewhere_waits() -> None:
+    script = Script()
+    moved_append(script)
+    script.timers.fire()
+    assert len(script.answers) == 1
+    for _ in range(3):
+        unique = script.request(Opcode.WRITE, write_body(b"x", 10, os.O_APPEND))
+        script.take().answer(Written(1, 50, ATTRIBUTES))
+        assert script.answers == replied(unique, pack("II", 1, 0))
+    assert [node for node, _ in script.notifier.waiting] == [5] * 4
+    script.request(Opcode.WRITE, write_body(b"x", 50, os.O_APPEND))
+    script.take().answer(Written(1, 50, ATTRIBUTES))  # where the kernel thought
+    assert len(script.answers) == 1
+    moved_append(script)  # and waits
+
+
 def test_a_full_notifier_is_asked_again() -> None:
     script = Script()
     script.notifier.full = True
@@ -495,6 +511,65 @@ def test_release_is_answered_at_once_and_reaches_the_host() -> None:
     assert script.link.calls == [files.Release(7, unique, 5, 3, 99)]
 
 
+def lock(script: Script, *, stale: bool = False, flags: int = 0) -> int:
+    """Have the host grant a lock; it has been asked about the data then."""
+    unique = script.request(Opcode.SETLK, lock_body(1, flags))
+    script.take().answer()
+    asked = script.take()
+    assert isinstance(asked.call, files.GetAttributes)
+    assert asked.call.node == 5
+    asked.answer(Attributes(ATTRIBUTES, stale))
+    return unique
+
+
+def test_who_gets_a_lock_sees_what_was_written_before() -> None:
+    script = Script(host_locks=True)
+    unique = lock(script, stale=True)
+    assert script.answers == []
+    script.notifier.finish()
+    assert script.answers == [("dropped", 5), *replied(unique)]
+
+
+def test_a_lock_is_kept_though_nobody_knows_of_the_data() -> None:
+    script = Script(host_locks=True)
+    unique = script.request(Opcode.SETLK, lock_body(1))
+    script.take().answer()
+    script.take().fail(116)
+    script.notifier.finish()
+    assert script.answers == [("dropped", 5), *replied(unique)]
+
+
+def test_an_unlock_is_one_message() -> None:
+    script = Script(host_locks=True)
+    unique = script.request(Opcode.SETLK, lock_body(2))
+    script.take().answer()
+    assert script.answers == replied(unique)
+
+
+def test_the_locks_of_an_open_file_end_with_it() -> None:
+    """Of F_OFD_SETLK the kernel tells the owner, but at the end only RELEASE, which does not name it."""
+    script = Script(host_locks=True)
+    lock(script)
+    script.request(Opcode.FLUSH, pack("QIIQ", 3, 0, 0, 77))  # by the process, whose lock it is not
+    script.take().answer()
+    script.request(Opcode.RELEASE, pack("QIIQ", 3, 0, 0, 0))
+    given_back, released = script.link.calls
+    assert isinstance(given_back, files.ReleaseOwner)
+    assert (given_back.node, given_back.owner) == (5, 99)
+    assert isinstance(released, files.Release)
+    assert script.volume.lockers == {}
+
+
+def test_the_locks_of_a_process_end_with_its_flush_alone() -> None:
+    """Not with RELEASE, which comes later: the process may have locked the file through another handle by then."""
+    script = Script(host_locks=True)
+    lock(script)
+    script.request(Opcode.FLUSH, pack("QIIQ", 3, 0, 0, 99))
+    script.take().answer()
+    unique = script.request(Opcode.RELEASE, pack("QIIQ", 3, 0, 0, 0))
+    assert script.link.calls == [files.Release(7, unique, 5, 3, 0)]
+
+
 def test_getlk() -> None:
     script = Script(host_locks=True)
     unique = script.request(Opcode.GETLK, lock_body(1))
@@ -526,6 +601,7 @@ def test_setlkw_asks_again_with_growing_pauses_until_the_lock_is_free() -> None:
         pauses.append(script.timers.fire())
     assert pauses == [0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.1]
     script.take().answer()
+    script.take().answer(Attributes(ATTRIBUTES))
     assert script.answers == replied(unique)
     assert len(uniques) == 7  # each a question of its own
     assert script.volume.locking == {}
@@ -555,4 +631,5 @@ def test_a_lock_that_was_got_all_the_same_is_kept() -> None:
     unique = script.request(Opcode.SETLKW, lock_body(1))
     script.request(Opcode.INTERRUPT, pack("Q", unique))
     script.take().answer()
+    script.take().answer(Attributes(ATTRIBUTES))
     assert script.answers == replied(unique)

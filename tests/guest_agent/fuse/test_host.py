@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from guest_agent.fuse.abi import Opcode
 from guest_agent.fuse.host import MAX_FLYING, PATIENCE, Host
 from protocol.errors import LocalProtocolError
-from protocol.files import Forget, GetAttributes, Lookup, Read, Unlink, Write, Written
+from protocol.files import Flushed, Forget, GetAttributes, Lookup, Read, Unlink, Write, Written
 from protocol.session import MAX_CALLS
 from tests.guest_agent.fuse.script import ATTRIBUTES, Script, ScriptedLink, failed, pack, replied
 
@@ -174,6 +174,19 @@ async def test_what_must_reach_the_host_does_so_though_nobody_waits_any_more(
     link.take().answer()
     link.take().answer()
     assert waiting.outcomes == [errno.EIO]
+
+
+async def test_what_need_not_reach_the_host_does_not_pile_up_for_it(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    host = Host()
+    nursery.start_soon(host.keep_patience)
+    host.tell(Flushed(1, 0, 5), lasting=False)
+    await trio.sleep(PATIENCE + 1)
+    host.tell(Flushed(1, 0, 6), lasting=False)
+    link = ScriptedLink()
+    host.attach(link)
+    assert link.calls == []
 
 
 # --- signals -------------------------------------------------------------------------------------------------

@@ -8,15 +8,17 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from guest_agent.fuse import abi, notifier
+from guest_agent.fuse import abi, notification_writer, notifier
 from guest_agent.fuse.device import Connection
 from guest_agent.fuse.mounting import MountSpec
 from guest_agent.fuse.notification_writer import THREADS
@@ -184,6 +186,38 @@ async def test_a_notification_that_waits_holds_up_neither_others_nor_us() -> Non
             os.read(pipe, PIPE_BYTES)
             with trio.fail_after(10):
                 await late.wait()
+
+
+def test_names_that_wait_do_not_stand_before_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may wait for the lock of a directory that a LOOKUP holds, which waits for the data."""
+    unlocked = threading.Event()
+
+    def write(fd: int, notification: bytes) -> None:
+        if notification[4] == abi.Notify.INVAL_ENTRY:
+            unlocked.wait(20)
+
+    system = SimpleNamespace(write=write, close=os.close, dup=os.dup)
+    monkeypatch.setattr(notification_writer, "os", system)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(10)
+    with theirs, ours:
+        process = threading.Thread(target=notification_writer.run, args=(theirs,), daemon=True)
+        process.start()
+        with open(os.devnull) as device:
+            open_ = notification_writer.HEAD.pack(notification_writer.OPEN, 1, 0)
+            socket.send_fds(ours, [open_], [device.fileno()])
+        names = [abi.inval_entry(1, b"%d" % number) for number in range(THREADS + 1)]
+        for ticket, notification in enumerate([*names, abi.inval_inode(5, 0, 0)]):
+            ours.send(notification_writer.HEAD.pack(notification_writer.WRITE, 1, ticket) + notification)
+        try:
+            assert notification_writer.RESULT.unpack(ours.recv(100)) == (len(names), 0)
+        finally:
+            unlocked.set()
+        tickets = [notification_writer.RESULT.unpack(ours.recv(100))[0] for _ in names]
+        assert sorted(tickets) == list(range(len(names)))
+        ours.shutdown(socket.SHUT_WR)
+        process.join(10)
+        assert not process.is_alive()
 
 
 async def test_more_at_once_than_the_socket_holds() -> None:
