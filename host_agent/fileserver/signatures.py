@@ -17,10 +17,13 @@ meanwhile does no harm: its pages are locked in the guest, and dropping them wai
 An alarm has a price of its own. The guest drops the data before it passes the answer on, and its kernel then takes
 nothing else from that answer, not even the size (fuse_reverse_inval_inode raises attr_version, and
 fuse_change_attributes ignores what was asked for before): a mapping of what a host program has appended would
-get SIGBUS. But where the size is another one than the guest's kernel has, that drops all data by itself. So:
+get SIGBUS. But where the size is another one than the guest's kernel has, that drops all data by itself; unless
+the file has become shorter and a readahead that ended there has told the kernel so before (fuse_short_read), which
+drops nothing: what was beyond would come back when the file grows. A size that is too large for a moment harms
+nobody. So:
 
 - ``told`` is the size that the guest's kernel has, as far as we told it or its own writes made it.
-- A question whose answer brings another size raises no alarm; the next one does.
+- A question whose answer brings a larger size raises no alarm; the next one does.
 - What changes the file (a write, chmod, truncate) raises none either, it only passes on that there is one to be
   raised: it is no question, and the drop would come after its answer, into that of the next question.
 """
@@ -72,7 +75,7 @@ def is_stale(node: Node, status: Status) -> bool:
         return False
     if not node.doubt and node.base == sign(status):
         return False
-    if told not in (UNKNOWN, status.size):
+    if told != UNKNOWN and status.size > told:
         suspect(node)
         return False
     return True

@@ -107,12 +107,19 @@ def test_content_of_the_same_size_with_its_old_time(share: Served, file: int) ->
     assert stale(share, file)
 
 
-def test_a_change_of_the_size_makes_the_guest_s_kernel_drop_by_itself(share: Served, file: int) -> None:
+def test_a_larger_size_makes_the_guest_s_kernel_drop_by_itself(share: Served, file: int) -> None:
     """It would not take the size from an answer that a drop came before. The next question makes sure."""
     share.bytes(Read, file, 0, 5)
-    for size in (3, 30):
+    for size in (30, 40):
         os.truncate(share.path / "f", size)
         assert not share.ask(GetAttributes, file).stale
+    assert stale(share, file)
+
+
+def test_of_a_file_that_became_shorter_data_is_dropped(share: Served, file: int) -> None:
+    """A readahead that met the new end may have told the guest's kernel, which then drops nothing."""
+    share.bytes(Read, file, 0, 5)
+    os.truncate(share.path / "f", 3)
     assert stale(share, file)
 
 
