@@ -246,12 +246,12 @@ async def test_a_mebibyte_goes_both_ways(place: Path) -> None:
         entry = await guest.create(b"large")
         data = os.urandom(MAX_DATA)
         assert (await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), data)).size == MAX_DATA
-        for sixteen in (
-            [kernel.begin(Write(SHARE, kernel.unique(), entry.node, n * MAX_DATA), data) for n in range(16)],
-            [kernel.begin(Read(SHARE, 0, entry.node, n * MAX_DATA, MAX_DATA)) for n in range(16)],
-        ):
-            results = [await kernel.finish(pending) for pending in sixteen]
-        assert {result.payload for result in results} == {data}
+        offsets = [number * MAX_DATA for number in range(16)]
+        writes = [kernel.begin(Write(SHARE, kernel.unique(), entry.node, at), data) for at in offsets]
+        for pending in writes:
+            await kernel.finish(pending)
+        reads = [kernel.begin(Read(SHARE, 0, entry.node, at, MAX_DATA)) for at in offsets]
+        assert {(await kernel.finish(pending)).payload for pending in reads} == {data}
 
 
 async def test_a_bug_in_a_call_is_an_io_error_and_the_others_go_on(
