@@ -35,10 +35,16 @@ def test_stdin_goes_through_whole_and_ends(vm: Instance) -> None:
 
 
 def test_the_default_user_is_like_ours_at_home_elsewhere(vm: Instance) -> None:
-    name, uid, home = vm.agentctl("exec", "sh", "-c", "id -un; id -u; pwd").stdout.decode().split()
+    who = vm.agentctl("exec", "sh", "-c", "id -un; id -u; pwd", cwd="/")
+    name, uid, home = who.stdout.decode().split()
     assert int(uid) == os.geteuid()
     assert home == f"/home/{name}.guest"
     assert vm.agentctl("exec", "sudo", "-n", "id", "-u").stdout == b"0\n"
+
+
+def test_a_command_starts_in_the_folder_it_is_called_in_if_that_is_shared(vm: Instance) -> None:
+    home = os.path.expanduser("~")
+    assert vm.agentctl("exec", "pwd", cwd=home).stdout.decode() == f"{home}\n"
 
 
 def test_options_of_exec(vm: Instance) -> None:

@@ -207,7 +207,8 @@ class Guest:
         self.agents: list[subprocess.Popen[bytes]] = []
 
     def _enter(self, *command: str) -> list[str]:
-        return ["nsenter", f"--mount=/proc/{self._namespace.pid}/ns/mnt", *command]
+        target = f"/proc/{self._namespace.pid}"
+        return ["nsenter", f"--mount={target}/ns/mnt", f"--root={target}/root", *command]
 
     def start(self) -> subprocess.Popen[bytes]:
         fds = list(self.stored.values())
