@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
-from guest_agent import dial, execute
+from guest_agent import dial, execute, fdstore
 from guest_agent.ports import PortDetector
 from guest_agent.system import System
 from guest_agent.transports import open_port
@@ -43,18 +42,6 @@ def make_hello() -> Hello:
     return Hello(digest=digest(), boot_id=boot_id, capabilities=capabilities, name="guest")
 
 
-def notify_systemd(state: str) -> None:
-    """Tell the service manager a state such as ``READY=1``, if there is one (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
-        try:
-            manager.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-        except OSError as error:
-            log.warning("systemd.notify state=%s error=%s", state, error)
-
-
 class Agent:
     """What the machine is, and the service that every session offers of it."""
 
@@ -72,7 +59,7 @@ class Agent:
         while True:
             try:
                 transport = await open_transport()
-                notify_systemd("READY=1\nSTATUS=waiting for the host")
+                fdstore.notify("READY=1\nSTATUS=waiting for the host")
                 async with transport:
                     channel = SerialChannel(transport)
                     while True:
@@ -116,7 +103,7 @@ async def stopped_by_signals() -> AsyncIterator[None]:
             async def watch() -> None:
                 async for number in received:
                     log.info("agent.stop signal=%s", signal.Signals(number).name)
-                    notify_systemd("STOPPING=1")
+                    fdstore.notify("STOPPING=1")
                     nursery.cancel_scope.cancel()
                     return
 

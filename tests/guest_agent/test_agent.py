@@ -18,7 +18,8 @@ from trio.testing import MockClock as Clock
 
 from guest_agent import agent
 from guest_agent.__main__ import CONTROL_PORT, main, transport_of
-from guest_agent.agent import Agent, notify_systemd
+from guest_agent.agent import Agent
+from guest_agent.fdstore import notify
 from protocol import execio
 from protocol.api import DialTcp, Exec, GetGuestInfo, Listener, Listeners
 from protocol.build import digest
@@ -203,16 +204,16 @@ def test_a_manager_that_is_not_there_is_no_reason_to_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
-    notify_systemd("READY=1")
+    notify("READY=1")
     monkeypatch.delenv("NOTIFY_SOCKET")
-    notify_systemd("READY=1")
+    notify("READY=1")
 
 
 def test_a_manager_in_the_abstract_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("")  # autobind: an abstract name
         monkeypatch.setenv("NOTIFY_SOCKET", "@" + manager.getsockname()[1:].decode())
-        notify_systemd("READY=1")
+        notify("READY=1")
         assert manager.recv(100) == b"READY=1"
 
 
