@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
-from guest_agent.fuse import abi, attributes, data, locks, names
+from guest_agent.fuse import attributes, bodies, data, locks, names
 from guest_agent.fuse.abi import Opcode, Request
 from guest_agent.fuse.operation import Kernel, Operation, start
 from guest_agent.fuse.volume import Volume
@@ -19,10 +20,6 @@ from guest_agent.fuse.volume import Volume
 def _ioctl(volume: Volume, request: Request) -> bytes:
     """Python's open() asks for the terminal's settings (TCGETS): no file of ours is one."""
     raise OSError(errno.ENOTTY, "")
-
-
-def _interrupt(volume: Volume, request: Request) -> None:
-    volume.interrupt(abi.parse_interrupt(request.body))
 
 
 REMOTE: Final[dict[int, Callable[[Volume, Request], Operation]]] = {
@@ -64,7 +61,6 @@ REMOTE: Final[dict[int, Callable[[Volume, Request], Operation]]] = {
 LOCAL: Final[dict[int, Callable[[Volume, Request], bytes | None]]] = {
     Opcode.FORGET: names.forget,
     Opcode.BATCH_FORGET: names.batch_forget,
-    Opcode.INTERRUPT: _interrupt,
     Opcode.OPENDIR: names.opendir,
     Opcode.RELEASEDIR: names.releasedir,
     Opcode.RELEASE: data.release,
@@ -83,11 +79,21 @@ class Filesystem:
     def handle(self, request: Request) -> None:
         """Have ``request`` answered, now or later."""
         if (operation := REMOTE.get(request.opcode)) is not None:
+            host = self._volume.host
+            host.caller = request.pid
             start(operation(self._volume, request), self._kernel, request.unique)
+            host.caller = 0
         elif (local := LOCAL.get(request.opcode)) is not None:
             self._answer(local, request)
+        elif request.opcode == Opcode.INTERRUPT:
+            self._interrupt(request)
         else:
             self._kernel.fail(request.unique, errno.ENOSYS)
+
+    def _interrupt(self, request: Request) -> None:
+        """Not answered itself. The request that it is about may be, long before its operation has ended."""
+        unique = bodies.parse_interrupt(request.body)
+        self._volume.interrupt(unique, partial(self._kernel.fail, unique, errno.EINTR))
 
     def _answer(self, local: Callable[[Volume, Request], bytes | None], request: Request) -> None:
         try:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from fcntl import F_UNLCK
 from typing import Final
 
-from guest_agent.fuse import abi
+from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Request
 from guest_agent.fuse.operation import Pause
 from guest_agent.fuse.volume import Volume
@@ -28,11 +28,11 @@ _HELD: Final = (errno.EAGAIN, errno.EACCES)
 
 
 async def getlk(volume: Volume, request: Request) -> bytes:
-    handle, owner, start, end, kind, _pid, _flags = abi.parse_lk(request.body)
+    handle, owner, start, end, kind, _pid, _flags = bodies.parse_lk(request.body)
     unique = request.unique ^ volume.salt
     call = TestLock(volume.share, unique, request.nodeid, handle, owner, start, end, kind)
     state = await volume.host.ask(call)
-    return abi.lk_out(state.start, state.end, state.kind, state.pid)
+    return bodies.lk_out(state.start, state.end, state.kind, state.pid)
 
 
 async def setlk(volume: Volume, request: Request) -> bytes:
@@ -86,6 +86,6 @@ async def _attempt(volume: Volume, call: SetLock) -> bool:
 
 
 def _set_lock(volume: Volume, request: Request, unique: int) -> SetLock:
-    handle, owner, start, end, kind, _pid, flags = abi.parse_lk(request.body)
-    whole = bool(flags & abi.LK_FLOCK)
+    handle, owner, start, end, kind, _pid, flags = bodies.parse_lk(request.body)
+    whole = bool(flags & bodies.LK_FLOCK)
     return SetLock(volume.share, unique, request.nodeid, handle, owner, start, end, kind, whole)

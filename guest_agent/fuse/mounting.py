@@ -1,4 +1,4 @@
-"""mount(2) of shares, and what of ours is mounted where, from /proc/self/mountinfo.
+"""mount(2) of shares.
 
 The laws:
 - A path may lead through a share that this very process serves (a mount inside of a mount). A thread that
@@ -6,10 +6,12 @@ The laws:
   thread keeps the descriptor open that would end its wait. So such a walk is a child's work, with a time
   limit, and the calling thread is a worker's, never the one that serves.
 - Only what is ours is ever unmounted, and lazily: its users keep what they have open.
+- A mount that has to give way for a moment keeps its superblock: it is detached and attached again, so that who
+  still uses it in its old place shares the cache, and the fate, of who walks there anew.
 - The superblock of a read-only share is writable and its *mount* is not: what is shown read-only can still
   raise events and be written to by the server's own means.
 
-Formats: mount(2), umount2(2), proc_pid_mountinfo(5); options of Documentation/filesystems/fuse.rst.
+Sources: mount(2), umount2(2), open_tree(2), move_mount(2); for options Documentation/filesystems/fuse.rst.
 """
 
 from __future__ import annotations
@@ -17,18 +19,29 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-FILE_SYSTEM = "fuse.agentctl"
-SOURCE_PREFIX = "agentctl-"
-MOUNTINFO = "/proc/self/mountinfo"
+from guest_agent.fuse.mountinfo import (
+    FILE_SYSTEM,
+    SOURCE_PREFIX,
+    Mount,
+    leads_through_a_share,
+    mounted_shares,
+    read_mounts,
+)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 1, 2, 4, 32, 4096
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
+
+SYS_OPEN_TREE, SYS_MOVE_MOUNT = 428, 429
+"""On all architectures, as every system call since Linux 5.0; the C library has had them since glibc 2.36 only."""
+AT_FDCWD, AT_SYMLINK_NOFOLLOW, AT_RECURSIVE = -100, 0x100, 0x8000
+OPEN_TREE_CLONE = 1
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_SYMLINKS = 0x4, 0x10
 
 CHILD_TIMEOUT = 60.0
 """Seconds for a mount inside of another share: twice as long as that one waits for an absent host."""
@@ -56,81 +69,9 @@ class MountError(Exception):
     """Why a share cannot be mounted or unmounted, as a sentence."""
 
 
-# --- mountinfo -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of mountinfo. ``device`` is the superblock's minor number (all of FUSE's have major 0)."""
-
-    device: int
-    root: str
-    path: str
-    read_only: bool
-    kind: str
-    source: str
-
-    @property
-    def share(self) -> int | None:
-        """The share's id if this is a whole share; a bind mount of a part of one (a container's) is not.
-
-        A bind mount of all of it cannot be told from what we made, but comes later in the list.
-        """
-        number = self.source.removeprefix(SOURCE_PREFIX)
-        if self.kind != FILE_SYSTEM or self.root != "/" or not (number.isascii() and number.isdigit()):
-            return None
-        return int(number)
-
-
-def parse_mountinfo(text: bytes) -> list[Mount]:
-    """All mounts, in the order of the kernel's list: of several at one path the last is the one that is seen."""
-    return [_parse_line(line.split(b" ")) for line in text.splitlines()]
-
-
-def _parse_line(fields: list[bytes]) -> Mount:
-    separator = fields.index(b"-", 6)  # optional fields (propagation) stand before it
-    return Mount(
-        device=int(fields[2].partition(b":")[2]),
-        root=_unescape(fields[3]),
-        path=_unescape(fields[4]),
-        read_only=b"ro" in fields[5].split(b","),
-        kind=_unescape(fields[separator + 1]),
-        source=_unescape(fields[separator + 2]),
-    )
-
-
-_ESCAPE = re.compile(rb"\\([0-7]{3})")
-
-
-def _unescape(field: bytes) -> str:
-    r"""Blank, tab, newline and backslash are written as ``\040`` and so on."""
-    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), field))
-
-
-def read_mounts() -> list[Mount]:
-    """What is mounted in our mount namespace."""
-    with open(MOUNTINFO, "rb") as file:
-        return parse_mountinfo(file.read())
-
-
-def mounted_shares(mounts: Iterable[Mount]) -> list[Mount]:
-    """Those that are ours."""
-    return [mount for mount in mounts if mount.share is not None]
-
-
 def outermost_first(specs: Iterable[MountSpec]) -> list[MountSpec]:
     """An order in which no mount hides one made before it; to unmount, the reverse. Otherwise as given."""
     return sorted(specs, key=lambda spec: spec.path.rstrip("/").count("/"))
-
-
-def is_below(path: str, directory: str) -> bool:
-    """Whether ``path`` is inside of ``directory``, by its name."""
-    return path.startswith(directory.rstrip("/") + "/") and path.rstrip("/") != directory.rstrip("/")
-
-
-def leads_through_a_share(path: str, mounts: Iterable[Mount]) -> bool:
-    """Whether walking to ``path`` asks a server of ours."""
-    return any(is_below(path, mount.path) for mount in mounts if mount.kind == FILE_SYSTEM)
 
 
 # --- mounting ------------------------------------------------------------------------------------------
@@ -152,7 +93,7 @@ def mount(fd: int, spec: MountSpec) -> int:
     """
     check_path(spec.path)
     if leads_through_a_share(spec.path, read_mounts()):
-        _in_child([fd], "mount", str(fd), str(spec.share), spec.path, "ro" if spec.read_only else "rw")
+        _in_child([fd], "mount", str(fd), str(spec.share), spec.path, _mode(spec.read_only))
     else:
         _mount_here(fd, spec)
     return _device(spec, mounted_shares(read_mounts()))
@@ -175,7 +116,7 @@ def _mount_here(fd: int, spec: MountSpec) -> None:
     try:
         _mount(spec.source, spec.path, FILE_SYSTEM, MS_NOSUID | MS_NODEV, options)
         if spec.read_only:
-            _make_read_only(spec.path)
+            _begin_as(spec.path, True)
     except OSError as error:
         raise MountError(f"{spec.path} cannot be mounted: {error.strerror}") from error
 
@@ -190,13 +131,19 @@ def make_mountpoint(path: str) -> None:
         raise MountError(f"{path} cannot be made in the guest: {error.strerror}") from error
 
 
-def _make_read_only(path: str) -> None:
-    """Only this mount; the superblock knows nothing of it (mount(2), MS_REMOUNT | MS_BIND)."""
+def _begin_as(path: str, read_only: bool) -> None:
+    """Of a mount that is new at ``path``: it is as it should be, or is not."""
     try:
-        _mount("none", path, "none", MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, "")
+        _set_read_only(path, read_only)
     except OSError:
-        _umount(path, MNT_FORCE | MNT_DETACH)
+        _umount(path, MNT_DETACH)
         raise
+
+
+def _set_read_only(path: str, read_only: bool) -> None:
+    """Only this mount; the superblock knows nothing of it (mount(2), MS_REMOUNT | MS_BIND)."""
+    flags = MS_BIND | MS_REMOUNT | MS_NOSUID | MS_NODEV | (MS_RDONLY if read_only else 0)
+    _mount("none", path, "none", flags, "")
 
 
 def unmount(path: str, *, force: bool = False) -> None:
@@ -205,15 +152,22 @@ def unmount(path: str, *, force: bool = False) -> None:
     Nothing if there is none of ours. Blocking as ``mount`` is. Raises ``MountError``.
     """
     mounts = read_mounts()
-    here = [mount for mount in mounts if mount.path == path]
-    if not any(mount.share is not None for mount in here):
+    if not _is_ours(path, mounts):
         return
-    if here[-1].share is None:
-        raise MountError(f"{here[-1].source} ({here[-1].kind}) is mounted over {path}")
     if leads_through_a_share(path, mounts):
         _in_child([], "unmount", path, "force" if force else "lazy")
     else:
         _unmount_here(path, force)
+
+
+def _is_ours(path: str, mounts: list[Mount]) -> bool:
+    """Whether there is a mount of ours at ``path``. Raises ``MountError`` if something is mounted over it."""
+    here = [mount for mount in mounts if mount.path == path]
+    if not any(mount.share is not None for mount in here):
+        return False
+    if here[-1].share is None:
+        raise MountError(f"{here[-1].source} ({here[-1].kind}) is mounted over {path}")
+    return True
 
 
 def _unmount_here(path: str, force: bool) -> None:
@@ -222,6 +176,91 @@ def _unmount_here(path: str, force: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody else was faster
             raise MountError(f"{path} cannot be unmounted: {error.strerror}") from error
+
+
+# --- making room -----------------------------------------------------------------------------------------
+
+
+def detach(path: str) -> int:
+    """Take our mount off ``path``, with all that others have mounted in it, and keep it for ``attach``.
+
+    Returns a descriptor that is the caller's; when it is closed before that, the mount is gone. Blocking as
+    ``mount`` is. Raises ``MountError``, also where the kernel cannot (before Linux 5.2).
+    """
+    mounts = read_mounts()
+    if not _is_ours(path, mounts):
+        raise MountError(f"{path} was unmounted by somebody else")
+    if not leads_through_a_share(path, mounts):
+        return _detach_here(path)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        _in_child([theirs.fileno()], "detach", path, str(theirs.fileno()))
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    return fds[0]
+
+
+def _detach_here(path: str, keeper: socket.socket | None = None) -> int:
+    """With ``keeper`` the descriptor is sent there before there is nothing else left of the mount."""
+    try:
+        tree = _open_tree(path)
+        if keeper is not None:
+            socket.send_fds(keeper, [b"."], [tree])
+    except OSError as error:
+        raise MountError(f"{path} cannot be detached: {error.strerror}") from error
+    _unmount_here(path, force=False)
+    return tree
+
+
+def attach(tree: int, spec: MountSpec) -> None:
+    """Mount what ``detach`` has kept, as ``spec`` says; the superblock is the one of before.
+
+    As ``mount`` is in all else. ``tree`` may be closed afterwards, and must be. Raises ``MountError``.
+    """
+    check_path(spec.path)
+    if leads_through_a_share(spec.path, read_mounts()):
+        _in_child([tree], "attach", str(tree), spec.path, _mode(spec.read_only))
+    else:
+        _attach_here(tree, spec.path, spec.read_only)
+
+
+def _attach_here(tree: int, path: str, read_only: bool) -> None:
+    make_mountpoint(path)
+    try:
+        _move_mount(tree, path)
+        _begin_as(path, read_only)
+    except OSError as error:
+        raise MountError(f"{path} cannot be mounted again: {error.strerror}") from error
+
+
+def set_read_only(path: str, read_only: bool) -> bool:
+    """Make the mount at ``path`` read-only, or writable, for all who use it.
+
+    False, and nothing done, while files in it are open for writing. Blocking as ``mount`` is. Raises ``MountError``.
+    """
+    mounts = read_mounts()
+    if not _is_ours(path, mounts):
+        raise MountError(f"{path} was unmounted by somebody else")
+    if not leads_through_a_share(path, mounts):
+        return _change_mode_here(path, read_only)
+    try:
+        _in_child([], "mode", path, _mode(read_only))
+    except _Busy:
+        return False
+    return True
+
+
+def _change_mode_here(path: str, read_only: bool) -> bool:
+    try:
+        _set_read_only(path, read_only)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise MountError(f"{path} cannot be made {_mode(read_only)}: {error.strerror}") from error
+    return True
+
+
+def _mode(read_only: bool) -> str:
+    return "ro" if read_only else "rw"
 
 
 # --- system calls ----------------------------------------------------------------------------------------
@@ -240,6 +279,23 @@ def _umount(target: str, flags: int) -> None:
         raise _os_error()
 
 
+def _open_tree(path: str) -> int:
+    flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE | AT_SYMLINK_NOFOLLOW
+    tree: int = _libc.syscall(
+        ctypes.c_long(SYS_OPEN_TREE), ctypes.c_int(AT_FDCWD), os.fsencode(path), ctypes.c_uint(flags)
+    )
+    if tree < 0:
+        raise _os_error()
+    return tree
+
+
+def _move_mount(tree: int, target: str) -> None:
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_SYMLINKS
+    source, destination = (ctypes.c_int(tree), b""), (ctypes.c_int(AT_FDCWD), os.fsencode(target))
+    if _libc.syscall(ctypes.c_long(SYS_MOVE_MOUNT), *source, *destination, ctypes.c_uint(flags)):
+        raise _os_error()
+
+
 def _os_error() -> OSError:
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number))
@@ -248,10 +304,17 @@ def _os_error() -> OSError:
 # --- a walk through our own mounts: in a child -----------------------------------------------------------
 
 
+_BUSY = 3
+"""The exit code that says what ``set_read_only`` says with False."""
+
+
+class _Busy(Exception):
+    """A child has ended with ``_BUSY``."""
+
+
 def _in_child(fds: list[int], *arguments: str) -> None:
     """Run ``main`` in a process of its own, which may hang without harm. Raises ``MountError``."""
     package_root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    # -P and -S: nothing but our own package and the standard library.
     # -P and -S: nothing but our own package and the standard library.
     command = [sys.executable, "-P", "-S", "-m", _MODULE, *arguments]
     environment = {**os.environ, "PYTHONPATH": package_root}
@@ -271,18 +334,28 @@ def _in_child(fds: list[int], *arguments: str) -> None:
         child.kill()  # and no wait for its end: it may take as long as the answer it waits for
         child.stderr.close()
         raise MountError(f"{arguments[-2]}: the share around it does not answer") from None
+    if child.returncode == _BUSY:
+        raise _Busy
     if child.returncode:
         raise MountError(os.fsdecode(said).strip().rpartition("\n")[2] or f"exit code {child.returncode}")
 
 
 def main(arguments: list[str]) -> int:
-    """``mount FD SHARE PATH ro|rw`` or ``unmount PATH lazy|force``."""
+    """``mount FD SHARE PATH ro|rw``, ``unmount PATH lazy|force``, ``detach PATH SOCKET``, ``attach FD PATH ro|rw``
+    or ``mode PATH ro|rw``."""
     try:
         match arguments:
             case ["mount", fd, share, path, mode]:
                 _mount_here(int(fd), MountSpec(int(share), path, read_only=mode == "ro"))
             case ["unmount", path, how]:
                 _unmount_here(path, how == "force")
+            case ["detach", path, keeper]:
+                with socket.socket(fileno=int(keeper)) as kept:
+                    os.close(_detach_here(path, kept))
+            case ["attach", tree, path, mode]:
+                _attach_here(int(tree), path, mode == "ro")
+            case ["mode", path, mode]:
+                return 0 if _change_mode_here(path, mode == "ro") else _BUSY
             case _:
                 raise MountError(f"unknown arguments {arguments}")
     except MountError as error:

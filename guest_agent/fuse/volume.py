@@ -19,9 +19,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
-from guest_agent.fuse import abi
+from guest_agent.fuse import bodies
 from guest_agent.fuse.forgetting import Forgets, fresh_uniques
-from guest_agent.fuse.host import Host
+from guest_agent.fuse.host import Host, LetGo
 from guest_agent.fuse.listing import Listings
 from guest_agent.fuse.notifier import NotifierFull
 from guest_agent.fuse.operation import Pause, Resume, Timers, Wait
@@ -66,7 +66,9 @@ class Dropper(Protocol):
 
 
 class Volume:
-    """``salt``: of this mount, as ``SALT_SHIFT`` says; a successor that takes the mount over needs it."""
+    """``salt``: of this mount, as ``SALT_SHIFT`` says; a successor that takes the mount over needs it. ``volumes``:
+    all of the share, if there can be several (of superblocks that are still in use); this one joins them. The host
+    knows of one guest, and says only once that a file's data is stale: what one is told is dropped by all."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class Volume:
         *,
         salt: int,
         host_locks: bool = False,
+        volumes: set[Volume] | None = None,
     ) -> None:
         self.share = share
         self.host = host
@@ -95,6 +98,8 @@ class Volume:
         self.adrift: set[int] = set()
         """Files that are appended to elsewhere than the kernel thinks, whose page it was seen to hold meanwhile."""
         self.salt = salt << SALT_SHIFT
+        self._volumes = volumes if volumes is not None else set()
+        self._volumes.add(self)
         self._notifier = notifier
         self._dropping: dict[int, int] = {}
         """How many wait for the drop of a node's data. Who asks about it meanwhile is answered after that, too."""
@@ -138,19 +143,26 @@ class Volume:
         return entry
 
     async def entry_out(self, call: FileCall[Entry]) -> bytes:
-        entry = await self.host.ask(call)
+        entry = await (ask := self.host.ask(call))
         if entry.stale or entry.node in self._dropping:
             await self.drop(entry.node)
-        return abi.entry_out(entry.node, entry.attr, 0, attr_ns(entry.attr))
+        if ask.unheard:
+            # The kernel will not hear of the node, and the host has counted this.
+            self.forgets.add(entry.node, 1)
+        return bodies.entry_out(entry.node, entry.attr, 0, attr_ns(entry.attr))
 
-    def interrupt(self, unique: int) -> None:
-        """The caller of a request has had a signal."""
+    def interrupt(self, unique: int, let_go: LetGo) -> None:
+        """The caller of a request has had a signal; ``let_go`` answers the request with EINTR."""
         if (pause := self.locking.get(unique)) is not None:
             self.locking[unique] = None
             pause.interrupt()
-        self.host.interrupt(self.share, unique ^ self.salt)
+        self.host.interrupt(self.share, unique ^ self.salt, let_go)
 
     def _drop(self, node: int, then: Callable[[], None]) -> None:
+        for volume in self._volumes:
+            volume._drop_here(node, then if volume is self else _nothing)
+
+    def _drop_here(self, node: int, then: Callable[[], None]) -> None:
         self._dropping[node] = self._dropping.get(node, 0) + 1
 
         def done() -> None:

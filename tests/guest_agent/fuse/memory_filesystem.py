@@ -25,7 +25,7 @@ from functools import partial
 import trio
 
 from guest_agent import fdstore
-from guest_agent.fuse import abi, mounting
+from guest_agent.fuse import abi, bodies, mountinfo, mounting
 from guest_agent.fuse.abi import Negotiated, Opcode, Request
 from guest_agent.fuse.device import Connection
 from guest_agent.fuse.mounting import MountSpec
@@ -73,7 +73,7 @@ class MemoryFilesystem:
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
             Opcode.SETATTR: self._setattr,
-            Opcode.OPENDIR: lambda request: self.connection.reply(request.unique, abi.open_out(7)),
+            Opcode.OPENDIR: lambda request: self.connection.reply(request.unique, bodies.open_out(7)),
             Opcode.READDIR: self._readdir,
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
@@ -85,7 +85,7 @@ class MemoryFilesystem:
             Opcode.RELEASE: lambda request: self.connection.reply(request.unique),
             Opcode.RELEASEDIR: lambda request: self.connection.reply(request.unique),
             Opcode.STATFS: lambda request: self.connection.reply(
-                request.unique, abi.statfs_out(1000, 500, 400, 100, 50, 4096, 255, 4096)
+                request.unique, bodies.statfs_out(1000, 500, 400, 100, 50, 4096, 255, 4096)
             ),
             Opcode.SETLK: lambda request: self.connection.fail(request.unique, errno.EAGAIN),
         }
@@ -97,7 +97,7 @@ class MemoryFilesystem:
             self.resent.append(name)
         if request.opcode in abi.NO_REPLY:
             if request.opcode == Opcode.INTERRUPT:
-                say(interrupted=abi.parse_interrupt(request.body))
+                say(interrupted=bodies.parse_interrupt(request.body))
             return None
         operation = self._operations.get(request.opcode)
         if operation is None:
@@ -121,19 +121,19 @@ class MemoryFilesystem:
         )
 
     def _entry(self, request: Request, number: int) -> None:
-        self.connection.reply(request.unique, abi.entry_out(number, self.attr(number)))
+        self.connection.reply(request.unique, bodies.entry_out(number, self.attr(number)))
 
     def _lookup(self, request: Request) -> None:
-        number = self.nodes[request.nodeid].children.get(abi.parse_name(request.body))
+        number = self.nodes[request.nodeid].children.get(bodies.parse_name(request.body))
         if number is None:
             return self.connection.fail(request.unique, errno.ENOENT)
         return self._entry(request, number)
 
     def _getattr(self, request: Request) -> None:
-        self.connection.reply(request.unique, abi.attr_out(self.attr(request.nodeid)))
+        self.connection.reply(request.unique, bodies.attr_out(self.attr(request.nodeid)))
 
     def _setattr(self, request: Request) -> None:
-        valid, _, size, _, _, _, _, mode, _, _ = abi.parse_setattr(request.body)
+        valid, _, size, _, _, _, _, mode, _, _ = bodies.parse_setattr(request.body)
         node = self.nodes[request.nodeid]
         if valid & SET_SIZE:
             del node.data[size:]
@@ -143,7 +143,7 @@ class MemoryFilesystem:
         self._getattr(request)
 
     def _readdir(self, request: Request) -> None:
-        _, offset, size, _, _, _ = abi.parse_read(request.body)
+        _, offset, size, _, _, _ = bodies.parse_read(request.body)
         out = b""
         names = sorted(self.nodes[request.nodeid].children.items())
         for place, (name, number) in enumerate(names[offset:], offset + 1):
@@ -155,7 +155,7 @@ class MemoryFilesystem:
         self.connection.reply(request.unique, out)
 
     def _read(self, request: Request) -> None:
-        _, offset, size, _, _, _ = abi.parse_read(request.body)
+        _, offset, size, _, _, _ = bodies.parse_read(request.body)
         self.largest["READ"] = max(self.largest["READ"], size)
         data = bytes(self.nodes[request.nodeid].data[offset : offset + size])
         if request.nodeid == BROKEN:
@@ -166,12 +166,12 @@ class MemoryFilesystem:
         return answer()
 
     def _write(self, request: Request) -> None:
-        _, offset, size, _, _, _, data = abi.parse_write(request.body)
+        _, offset, size, _, _, _, data = bodies.parse_write(request.body)
         self.largest["WRITE"] = max(self.largest["WRITE"], size)
         node = self.nodes[request.nodeid]
         node.data.extend(bytes(max(0, offset - len(node.data))))
         node.data[offset : offset + size] = data
-        self.connection.reply(request.unique, abi.write_out(size))
+        self.connection.reply(request.unique, bodies.write_out(size))
 
     def _add(self, parent: int, name: bytes, mode: int) -> int:
         number = self.nodes[parent].children.setdefault(name, max(self.nodes) + 1)
@@ -179,12 +179,12 @@ class MemoryFilesystem:
         return number
 
     def _create(self, request: Request) -> None:
-        _, mode, _, _, name = abi.parse_create(request.body)
+        _, mode, _, _, name = bodies.parse_create(request.body)
         number = self._add(request.nodeid, name, mode)
-        self.connection.reply(request.unique, abi.create_out(number, self.attr(number), 0))
+        self.connection.reply(request.unique, bodies.create_out(number, self.attr(number), 0))
 
     def _mkdir(self, request: Request) -> None:
-        mode, _, name = abi.parse_mkdir(request.body)
+        mode, _, name = bodies.parse_mkdir(request.body)
 
         def answer() -> None:
             self._entry(request, self._add(request.nodeid, name, stat.S_IFDIR | mode))
@@ -194,7 +194,7 @@ class MemoryFilesystem:
         return answer()
 
     def _unlink(self, request: Request) -> None:
-        if self.nodes[request.nodeid].children.pop(abi.parse_name(request.body), None) is None:
+        if self.nodes[request.nodeid].children.pop(bodies.parse_name(request.body), None) is None:
             return self.connection.fail(request.unique, errno.ENOENT)
         return self.connection.reply(request.unique)
 
@@ -219,7 +219,7 @@ class Server:
         record = fdstore.StoredConnection.parse(stored.name)
         assert record is not None
         path = next(
-            m.path for m in mounting.mounted_shares(mounting.read_mounts()) if m.device == record.device
+            m.path for m in mountinfo.mounted_shares(mountinfo.read_mounts()) if m.device == record.device
         )
         spec = MountSpec(record.share, path, host_locks=record.host_locks)
         negotiated = Negotiated(record.minor, record.flags)

@@ -90,6 +90,9 @@ class ScriptedNotifier:
             raise NotifierFull("full")
         self.waiting.append((node, then))
 
+    def invalidate_entry(self, parent: int, name: bytes, then: Callable[[], None]) -> None:
+        raise NotifierFull("names are nobody's concern here")
+
     def finish(self) -> None:
         node, then = self.waiting.pop(0)
         self._log.append(("dropped", node))
@@ -116,10 +119,14 @@ class Script:
         self.kernel = ScriptedKernel()
         self.notifier = ScriptedNotifier(self.kernel)
         self.timers = ScriptedTimers()
-        self.host = Host()
+        self.dying: set[int] = set()
+        """Threads that are to be killed."""
+        self.host = Host(lambda thread: thread in self.dying)
         self.link = ScriptedLink()
         if connected:
             self.host.attach(self.link)
+        self.volumes: set[Volume] = set()
+        """Of the same share."""
         self.volume = Volume(
             7,
             self.host,
@@ -127,17 +134,20 @@ class Script:
             self.timers,  # type: ignore[arg-type]
             salt=salt,
             host_locks=host_locks,
+            volumes=self.volumes,
         )
         self._filesystem = Filesystem(self.kernel, self.volume)
         self._unique = 0
 
-    def request(self, opcode: int, body: bytes = b"", node: int = 5, unique: int | None = None) -> int:
+    def request(
+        self, opcode: int, body: bytes = b"", node: int = 5, unique: int | None = None, pid: int = 42
+    ) -> int:
         """Hand in a request, with a buffer that is scribbled over at once; returns its unique."""
         if unique is None:
             self._unique += 2
             unique = self._unique
         buffer = bytearray(body)
-        self._filesystem.handle(Request(opcode, unique, node, 1000, 1000, 42, memoryview(buffer)))
+        self._filesystem.handle(Request(opcode, unique, node, 1000, 1000, pid, memoryview(buffer)))
         buffer[:] = b"\xee" * len(buffer)
         return unique
 

@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 
 from guest_agent.fuse.abi import Opcode
+from guest_agent.fuse.volume import Volume
 from protocol import files
 from protocol.files import Attributes, Content, Entry, FilesystemSize, Opened, Position, Written
-from tests.guest_agent.fuse.script import ATTRIBUTES, Script, failed, pack, replied
+from tests.guest_agent.fuse.script import (
+    ATTRIBUTES,
+    Script,
+    ScriptedKernel,
+    ScriptedNotifier,
+    failed,
+    pack,
+    replied,
+)
 
 ENTRY = Entry(9, ATTRIBUTES)
 ENTRY_OUT = pack("QQQQII", 9, 0, 0, 0, 0, 0) + ATTRIBUTES
@@ -454,6 +463,23 @@ def test_a_full_notifier_is_asked_again() -> None:
     script.timers.fire()
     script.notifier.finish()
     assert script.answers == [("dropped", 5), *replied(unique, ATTR_OUT)]
+
+
+def test_what_one_mount_of_a_share_is_told_is_dropped_by_all() -> None:
+    """The host says it once; a mount that was taken off may still be in use, with a cache of its own."""
+    script = Script()
+    kernel = ScriptedKernel()
+    notifier = ScriptedNotifier(kernel)
+    timers: Any = script.timers
+    Volume(7, script.host, notifier, timers, salt=1, volumes=script.volumes)
+    unique = script.request(Opcode.LOOKUP, b"a\0")
+    script.take().answer(Entry(9, ATTRIBUTES, stale=True))
+    assert script.answers == []
+    assert [node for node, _ in notifier.waiting] == [9]
+    script.notifier.finish()
+    assert script.answers == [("dropped", 9), *replied(unique, ENTRY_OUT)]  # it does not wait for the other
+    notifier.finish()
+    assert kernel.log == [("dropped", 9)]
 
 
 # --- locks that are the host's -----------------------------------------------------------------------------

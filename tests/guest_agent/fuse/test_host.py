@@ -10,9 +10,20 @@ import trio
 from trio.testing import MockClock
 
 from guest_agent.fuse.abi import Opcode
-from guest_agent.fuse.host import MAX_FLYING, PATIENCE, Host
+from guest_agent.fuse.host import LOOK_AGAIN, MAX_FLYING, PATIENCE, Host
 from protocol.errors import LocalProtocolError
-from protocol.files import Flushed, Forget, GetAttributes, Lookup, Read, Unlink, Write, Written
+from protocol.files import (
+    Attributes,
+    Entry,
+    Flushed,
+    Forget,
+    GetAttributes,
+    Lookup,
+    Read,
+    Unlink,
+    Write,
+    Written,
+)
 from protocol.session import MAX_CALLS
 from tests.guest_agent.fuse.script import ATTRIBUTES, Script, ScriptedLink, failed, pack, replied
 
@@ -191,23 +202,40 @@ async def test_what_need_not_reach_the_host_does_not_pile_up_for_it(
 
 # --- signals -------------------------------------------------------------------------------------------------
 
+READ = pack("QQIIQII", 0, 0, 10, 0, 0, 0, 0)
+
 
 def interrupt(script: Script, unique: int) -> None:
-    script.request(Opcode.INTERRUPT, pack("Q", unique))
+    script.request(Opcode.INTERRUPT, pack("Q", unique), pid=0)
 
 
-def test_a_signal_changes_nothing_while_the_host_is_there() -> None:
+def test_a_signal_that_kills_nobody_changes_nothing() -> None:
     script = Script()
-    unique = script.request(Opcode.READ, pack("QQIIQII", 0, 0, 10, 0, 0, 0, 0))
+    unique = script.request(Opcode.READ, READ)
     interrupt(script, unique)
+    script.lose_host()
+    interrupt(script, unique)
+    script.host.let_the_dying_go()
     assert script.answers == []
+    script.find_host()
     script.take().answer(payload=b"data")
     assert script.answers == replied(unique, b"data")
+
+
+def test_of_the_dying_only_those_who_have_had_a_signal_are_let_go() -> None:
+    script = Script(connected=False)
+    script.dying = {42, 43}
+    first, second = script.request(Opcode.READ, READ, pid=42), script.request(Opcode.READ, READ, pid=43)
+    interrupt(script, second)
+    assert script.answers == failed(second, "EINTR")
+    interrupt(script, first)
+    assert script.answers == failed(first, "EINTR")
 
 
 @pytest.mark.parametrize("salt", [0, 5])
 def test_what_was_never_sent_ends_at_once_without_a_host(salt: int) -> None:
     script = Script(salt=salt, connected=False)
+    script.dying = {42}
     first, second = script.request(Opcode.UNLINK, b"a\0"), script.request(Opcode.UNLINK, b"b\0")
     interrupt(script, second)
     assert script.answers == failed(second, "EINTR")
@@ -218,6 +246,7 @@ def test_what_was_never_sent_ends_at_once_without_a_host(salt: int) -> None:
 def test_what_changes_nothing_ends_at_once_even_if_it_was_sent() -> None:
     script = Script()
     unique = script.request(Opcode.GETATTR, GETATTR)
+    script.dying = {42}
     script.lose_host()
     interrupt(script, unique)
     assert script.answers == failed(unique, "EINTR")
@@ -225,30 +254,114 @@ def test_what_changes_nothing_ends_at_once_even_if_it_was_sent() -> None:
 
 def test_what_may_have_been_done_waits_for_its_outcome() -> None:
     script = Script()
+    script.dying = {42}
     unique = script.request(Opcode.UNLINK, b"a\0")
     script.lose_host()
     interrupt(script, unique)
+    script.host.let_the_dying_go()
     assert script.answers == []
     script.find_host()
     script.take().answer()
     assert script.answers == replied(unique)
 
 
-def test_a_signal_is_remembered_until_the_host_goes() -> None:
+async def test_a_kill_that_follows_a_harmless_signal_is_noticed(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """The kernel tells of the first one only."""
     script = Script()
+    nursery.start_soon(script.host.watch_the_signalled)
     unique = script.request(Opcode.GETATTR, GETATTR)
     interrupt(script, unique)
-    assert script.answers == []
     script.lose_host()
+    await trio.sleep(10 * LOOK_AGAIN)
+    assert script.answers == []
+    script.dying = {42}
+    await trio.sleep(1.1 * LOOK_AGAIN)
     assert script.answers == failed(unique, "EINTR")
 
 
+async def test_a_host_that_hangs_holds_nobody_who_is_killed(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    script = Script()
+    nursery.start_soon(script.host.watch_the_signalled)
+    read, write = script.request(Opcode.READ, READ), script.request(Opcode.UNLINK, b"a\0")
+    script.dying = {42}
+    interrupt(script, read)
+    interrupt(script, write)
+    assert script.answers == []  # an answer takes milliseconds
+    await trio.sleep(1.1 * LOOK_AGAIN)
+    assert script.answers == failed(read, "EINTR")
+
+
+async def test_nobody_is_looked_at_once_the_answer_is_there(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    looked: list[int] = []
+
+    def look(thread: int) -> bool:
+        looked.append(thread)
+        return False
+
+    host, link = Host(look), ScriptedLink()
+    nursery.start_soon(host.watch_the_signalled)
+    host.attach(link)
+    host.caller = 7
+    caller = Caller(host, Read(1, 2, 1, 0, 1))
+    host.interrupt(1, 2, lambda: None)
+    await trio.sleep(2.5 * LOOK_AGAIN)
+    assert looked == [7, 7]
+    link.take().answer()
+    await trio.sleep(10 * LOOK_AGAIN)
+    assert looked == [7, 7]
+    assert len(caller.outcomes) == 1
+
+
+def test_a_lookup_that_was_counted_for_a_dead_caller_is_given_back() -> None:
+    script = Script()
+    unique = script.request(Opcode.LOOKUP, b"a\0")
+    script.dying = {42}
+    interrupt(script, unique)
+    script.host.let_the_dying_go()
+    assert script.answers == failed(unique, "EINTR")
+    script.lose_host()
+    script.find_host()
+    asked = script.take()  # the same question: the host gives back what its first answer had counted
+    assert asked.call == Lookup(7, unique, 5, b"a")
+    asked.answer(Entry(9, ATTRIBUTES))
+    script.timers.fire()
+    (forget,) = script.link.calls
+    assert isinstance(forget, Forget)
+    assert (forget.nodes, forget.counts) == ([9], [1])
+
+
+def test_what_a_dead_caller_was_told_to_be_stale_is_dropped_all_the_same() -> None:
+    script = Script()
+    unique = script.request(Opcode.GETATTR, GETATTR)
+    script.dying = {42}
+    interrupt(script, unique)
+    script.host.let_the_dying_go()
+    script.take().answer(Attributes(ATTRIBUTES, stale=True))
+    assert [node for node, _ in script.notifier.waiting] == [5]
+
+
+def test_a_lookup_that_is_heard_of_is_not_given_back() -> None:
+    script = Script()
+    unique = script.request(Opcode.LOOKUP, b"a\0")
+    interrupt(script, unique)
+    script.host.let_the_dying_go()
+    script.take().answer(Entry(9, ATTRIBUTES))
+    assert [answer[:2] for answer in script.answers] == [("reply", unique)]
+    assert script.timers.waiting == []
+
+
 def test_a_signal_for_another_share_is_none_of_ours() -> None:
-    host = Host()
+    host = Host(lambda thread: True)
     caller = Caller(host, Lookup(1, 2, 1, b"a"))
-    host.interrupt(2, 2)
+    host.interrupt(2, 2, lambda: None)
     assert caller.outcomes == []
-    host.interrupt(1, 2)
+    host.interrupt(1, 2, lambda: None)
     assert caller.outcomes == [errno.EINTR]
 
 
@@ -258,13 +371,14 @@ def test_a_signal_for_another_share_is_none_of_ours() -> None:
 def test_more_calls_than_the_link_takes_wait_for_their_turn() -> None:
     host, link = Host(), ScriptedLink()
     host.attach(link)
-    for number in range(MAX_CALLS + 3):
+    most = MAX_CALLS // 2
+    for number in range(most + 3):
         Caller(host, GetAttributes(1, 2 * number, 1))
-    assert len(link.calls) == MAX_CALLS
+    assert len(link.calls) == most
     link.take().fail(errno.EIO)
     link.take().fail(errno.EIO)
-    assert len(link.calls) == MAX_CALLS
-    assert uniques(link)[-1] == 2 * (MAX_CALLS + 1)
+    assert len(link.calls) == most
+    assert uniques(link)[-1] == 2 * (most + 1)
     Caller(host, GetAttributes(1, 99_999, 1))  # not before those that wait
     while link.asked:
         last = link.take()
@@ -276,7 +390,7 @@ def test_more_calls_than_the_link_takes_wait_for_their_turn() -> None:
 def test_so_do_more_bytes_than_the_link_should_hold() -> None:
     host, link = Host(), ScriptedLink()
     host.attach(link)
-    payload = bytes(MAX_FLYING // 4)
+    payload = bytes(MAX_FLYING // 8)
     for number in range(6):
         Caller(host, Write(1, 2 * number, 1, 0), payload)
     assert uniques(link) == [0, 2, 4, 6]
@@ -284,15 +398,27 @@ def test_so_do_more_bytes_than_the_link_should_hold() -> None:
     assert uniques(link) == [2, 4, 6, 8]
 
 
+def test_a_share_that_hangs_leaves_room_for_the_others() -> None:
+    host, link = Host(), ScriptedLink()
+    host.attach(link)
+    for share in (1, 2):
+        for number in range(2 * MAX_CALLS):
+            Caller(host, GetAttributes(share, 2 * number, 1))
+    Caller(host, Lookup(3, 2, 1, b"a"))
+    assert link.calls[-1] == Lookup(3, 2, 1, b"a")
+    assert len(link.calls) < MAX_CALLS
+
+
 def test_what_waits_for_its_turn_keeps_it_in_the_next_session() -> None:
     host, link = Host(), ScriptedLink()
     host.attach(link)
-    for number in range(MAX_CALLS + 2):
+    most = MAX_CALLS // 2
+    for number in range(most + 2):
         Caller(host, Read(1, 2 * number, 1, 0, 1))
     link.end()
     host.detach(link)
     host.attach(again := ScriptedLink())
-    assert uniques(again) == [2 * number for number in range(MAX_CALLS)]
+    assert uniques(again) == [2 * number for number in range(most)]
     while again.asked:
         again.take().fail(errno.EIO)
     assert host.ask(Read(1, 1, 1, 0, 1)).sent is False

@@ -1,49 +1,19 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from guest_agent.fuse import mounting
-from guest_agent.fuse.mounting import Mount, MountError, MountSpec
+from guest_agent.fuse import mountinfo, mounting
+from guest_agent.fuse.mountinfo import Mount
+from guest_agent.fuse.mounting import MountError, MountSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.guest_agent.fuse.conftest import Place
-
-MOUNTINFO = rb"""22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw,errors=remount-ro
-60 22 0:51 / /home/a\040b\134c rw,nosuid,nodev,relatime shared:9 master:3 - fuse.agentctl agentctl-77 rw,user_id=0
-61 60 0:52 / /home/a\040b\134c/inner ro,nosuid,nodev - fuse.agentctl agentctl-78 rw,user_id=0,allow_other
-62 22 0:51 /src /var/lib/docker/x rw - fuse.agentctl agentctl-77 rw
-63 22 0:53 / /mnt/\377 rw - fuse.sshfs agentctl-79 rw
-64 22 0:54 / /odd rw - fuse.agentctl agentctl-x rw
-"""
-
-
-# --- mountinfo -----------------------------------------------------------------------------------------
-
-
-def test_mountinfo_is_read_with_its_escapes_and_optional_fields() -> None:
-    mounts = mounting.parse_mountinfo(MOUNTINFO)
-    assert mounts[0] == Mount(1, "/", "/", False, "ext4", "/dev/vda1")
-    assert mounts[1] == Mount(51, "/", "/home/a b\\c", False, "fuse.agentctl", "agentctl-77")
-    assert mounts[2].read_only
-    assert os.fsencode(mounts[4].path) == b"/mnt/\xff"
-
-
-def test_ours_are_the_mounts_we_made_and_no_bind_mounts_of_them() -> None:
-    ours = mounting.mounted_shares(mounting.parse_mountinfo(MOUNTINFO))
-    assert [(mount.share, mount.device) for mount in ours] == [(77, 51), (78, 52)]
-
-
-def test_this_machines_mountinfo_can_be_read() -> None:
-    """In a chroot there need be none at the root."""
-    assert any(mount.path == "/proc" for mount in mounting.read_mounts())
-
 
 # --- pure rules ----------------------------------------------------------------------------------------
 
@@ -52,16 +22,6 @@ def test_what_is_around_is_mounted_first() -> None:
     paths = ["/home/u/src/deep", "/srv", "/home/u", "/home/u/src"]
     ordered = mounting.outermost_first([MountSpec(i, path) for i, path in enumerate(paths)])
     assert [spec.path for spec in ordered] == ["/srv", "/home/u", "/home/u/src", "/home/u/src/deep"]
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [("/home/u/x", True), ("/home/u", False), ("/home/user", False), ("/home", False), ("/home/u/", False)],
-)
-def test_below_goes_by_whole_components(path: str, expected: bool) -> None:
-    assert mounting.is_below(path, "/home/u") is expected
-    share = Mount(1, "/", "/home/u", False, "fuse.agentctl", "agentctl-1")
-    assert mounting.leads_through_a_share(path, [share]) is expected
 
 
 @pytest.mark.parametrize("path", ["relative", "/a/../b", "/a//b", "/a/", "/", "//", "/a\0b", ""])
@@ -114,7 +74,7 @@ def test_the_device_is_that_of_the_path_else_of_the_newest() -> None:
 
 
 def parsed(place: Place) -> dict[str, Mount]:
-    return {mount.path: mount for mount in mounting.parse_mountinfo("\n".join(place.mounts()).encode())}
+    return {mount.path: mount for mount in mountinfo.parse_mountinfo("\n".join(place.mounts()).encode())}
 
 
 def test_a_mount_is_what_it_should_be(place: Place) -> None:
@@ -189,6 +149,82 @@ def test_a_walk_that_hangs_is_given_up(place: Place) -> None:
     said = place.python(code, f"{place.path}/m/held.dir/inner")
     assert said == f"{place.path}/m/held.dir/inner: the share around it does not answer\n"
     server.order("release 1")
+
+
+CALL = """
+import os, sys
+from guest_agent.fuse import mounting
+from guest_agent.fuse.mounting import MountSpec
+try: {}
+except mounting.MountError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_mount_that_is_detached_is_kept_until_it_is_attached(place: Place, inside: bool) -> None:
+    """Inside of another share both are a child's work."""
+    path = f"{place.path}/outer/dir/m" if inside else f"{place.path}/m"
+    server = place.serve(f"1:{place.path}/outer", f"2:{path}")
+    before = parsed(place)[path]
+    code = CALL.format(
+        """
+    tree = mounting.detach(sys.argv[1])
+    print(os.path.exists(sys.argv[1] + "/hello"))
+    mounting.attach(tree, MountSpec(2, sys.argv[1], read_only=True))
+    os.close(tree)"""
+    )
+    assert place.python(code, path) == "False\n"
+    after = parsed(place)[path]
+    assert (after.device, after.read_only, before.read_only) == (before.device, True, False)
+    assert place.shell(f"cat {path}/hello") == "hello\n"
+    detach = CALL.format("os.close(mounting.detach(sys.argv[1]))")
+    assert place.python(detach, path) == ""
+    assert server.expect("ended") == {"ended": 2}
+    assert place.python(detach, path) == f"{path} was unmounted by somebody else\n"
+
+
+def test_what_others_mounted_in_a_share_comes_along(place: Place) -> None:
+    place.serve(f"1:{place.path}/m")
+    path = f"{place.path}/m"
+    place.shell(f"mkdir {path}/sub; mount -t tmpfs other {path}/sub; touch {path}/sub/theirs")
+    code = CALL.format("mounting.attach(mounting.detach(sys.argv[1]), MountSpec(1, sys.argv[1]))")
+    assert place.python(code, path) == ""
+    assert place.shell(f"ls {path}/sub") == "theirs\n"
+    place.shell(f"umount {path}/sub")
+
+
+def test_what_cannot_be_attached_is_a_clear_error(place: Place) -> None:
+    path = f"{place.path}/m"
+    server = place.serve(f"1:{path}")
+    code = CALL.format(
+        """
+    tree = mounting.detach(sys.argv[1])
+    os.rmdir(sys.argv[1])
+    open(sys.argv[1], "w").close()
+    mounting.attach(tree, MountSpec(1, sys.argv[1]))"""
+    )
+    assert place.python(code, path) == f"{path} exists in the guest and is not a directory\n"
+    assert server.expect("ended") == {"ended": 1}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_mode_of_a_mount_changes_unless_somebody_writes(place: Place, inside: bool) -> None:
+    path = f"{place.path}/outer/dir/m" if inside else f"{place.path}/m"
+    place.serve(f"1:{place.path}/outer", f"2:{path}")
+    code = CALL.format("print(mounting.set_read_only(sys.argv[1], sys.argv[2] == 'ro'))")
+    place.shell(f"echo 1 >{path}/f")
+    writer = place.popen("sh", "-euc", f"exec 5>>{path}/f; echo; read go; echo 2 >&5")
+    assert writer.stdout is not None
+    writer.stdout.read(1)
+    assert place.python(code, path, "ro") == "False\n"
+    assert not parsed(place)[path].read_only
+    writer.communicate("go\n", timeout=20)
+    assert place.python(code, path, "ro") == "True\n"
+    line = next(line for line in place.mounts() if f" {path} " in line)
+    assert " ro,nosuid,nodev" in line
+    assert place.python(code, path, "rw") == "True\n"
+    assert place.shell(f"echo 3 >>{path}/f; cat {path}/f") == "1\n2\n3\n"
+    assert place.python(code, f"{path}/nothing", "rw") == f"{path}/nothing was unmounted by somebody else\n"
 
 
 def test_the_child_explains_what_it_does_not_understand() -> None:
