@@ -22,9 +22,11 @@ from collections import OrderedDict
 from typing import Final
 
 from host_agent.fileserver import linux
+from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.linux import failure
 from host_agent.fileserver.nodes import Node
 from host_agent.fileserver.reach import Reach
+from host_agent.fileserver.workers import waiting
 
 AFTER_FLUSH: Final = 0.1
 """Seconds that a writer stays open after the guest has closed the file: it may be opened again at once."""
@@ -39,7 +41,7 @@ LOOK: Final = 10.0
 """Seconds after which to look again when nothing is due."""
 
 MAX_OPEN: Final = 512
-"""Descriptors for data of one share, least recently used first out."""
+"""Descriptors for data of one share (fewer if there are many: ``budget``), least recently used first out."""
 
 _OPEN: Final = os.O_NOCTTY | os.O_NONBLOCK
 
@@ -62,14 +64,16 @@ class OpenFile:
 class DataFiles:
     """The open files of one share. Thread-safe. The node passed in is acquired by the caller."""
 
-    def __init__(self, reach: Reach, *, read_only: bool) -> None:
+    def __init__(self, reach: Reach, budget: Budget, *, read_only: bool) -> None:
         self._reach = reach
+        self._budget = budget
         self._read_only = read_only
         self._lock = threading.Lock()
         self._open: OrderedDict[OpenFile, None] = OrderedDict()
         self._user = os.geteuid()
-        reach.close_data = self.close
-        reach.shed_data = self.shed
+        reach.registry.close_data = self.close
+        reach.registry.shed_data = self.shed
+        reach.registry.trim_data = self.trim
 
     @property
     def descriptors(self) -> int:
@@ -144,7 +148,7 @@ class DataFiles:
             else:  # another thread was faster: this one serves its call and goes
                 file.closing = True
             self._open[file] = None
-            closing = self._surplus(MAX_OPEN)
+            closing = self._surplus(self._most())
         self._close(closing)
         return file
 
@@ -176,8 +180,11 @@ class DataFiles:
     def _reopen(self, node: Node, access: int) -> int:
         try:
             return self._reach.opening(lambda: linux.reopen(node.descriptor, access | _OPEN))
-        except BlockingIOError:  # somebody has a lease on it: wait until it is given up, as any open(2)
-            return linux.reopen(node.descriptor, access | os.O_NOCTTY)
+        except BlockingIOError:
+            # Somebody has a lease on it (F_SETLEASE of fcntl(2): samba). Wait until it is given up, as any open(2), for
+            # /proc/sys/fs/lease-break-time at most, which is 45 s.
+            with waiting():
+                return linux.reopen(node.descriptor, access | os.O_NOCTTY)
 
     # --- closing -----------------------------------------------------------------------------------
 
@@ -210,6 +217,15 @@ class DataFiles:
         with self._lock:
             closing = self._surplus(len(self._open) // 2)
         self._close(closing)
+
+    def trim(self) -> None:
+        """There may be fewer from now on."""
+        with self._lock:
+            closing = self._surplus(self._most())
+        self._close(closing)
+
+    def _most(self) -> int:
+        return min(MAX_OPEN, self._budget.data)
 
     def close_all(self) -> None:
         with self._lock:

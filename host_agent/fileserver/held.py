@@ -1,4 +1,4 @@
-"""Which O_PATH descriptors are kept open: bookkeeping for ``reach``, which holds the lock and does the closing.
+"""Which O_PATH descriptors are kept open: bookkeeping for ``registry``, which holds the lock and does the closing.
 
 Every method that returns descriptors has taken them out; the caller closes them once it has let go of the lock.
 """
@@ -6,6 +6,7 @@ Every method that returns descriptors has taken them out; the caller closes them
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TypeAlias
 
 from host_agent.fileserver.nodes import Node
@@ -16,9 +17,9 @@ _Nodes: TypeAlias = "OrderedDict[Node, None]"
 
 class Held:
     """The nodes that have a descriptor, but the root: those with a name, the least recently used first, and those
-    that are pinned because they have lost their last one. At most ``limit`` of each, not counting those in use."""
+    that are pinned because they have lost their last one. At most ``limit()`` of each, not counting those in use."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: Callable[[], int]) -> None:
         self._limit = limit
         self._named: _Nodes = OrderedDict()
         self._pinned: _Nodes = OrderedDict()
@@ -44,7 +45,16 @@ class Held:
         node.descriptor = descriptor
         self._named[node] = None
         self.use(node)
-        return self._evict(self._named, self._limit)
+        return self._evict(self._named, self._limit())
+
+    def replace(self, node: Node, descriptor: int) -> list[int]:
+        """As ``install``, but ``descriptor`` is the better one: what the node has is closed when nobody uses it."""
+        if not node.dead and node.descriptor >= 0:
+            node.retired = (*node.retired, node.descriptor)
+            node.descriptor = descriptor
+            self.use(node)
+            return []
+        return self.install(node, descriptor)
 
     def pin(self, node: Node | None) -> list[int]:
         """The node has lost a name. Keep it if that was the last."""
@@ -53,7 +63,7 @@ class Held:
         node.pinned = True
         del self._named[node]
         self._pinned[node] = None
-        return self._evict(self._pinned, self._limit)
+        return self._evict(self._pinned, self._limit())
 
     def pin_deleted(self, node: Node) -> bool:
         """The node was deleted on the host, and can only be reached by its descriptor. True if that is news."""
@@ -74,6 +84,11 @@ class Held:
     def halve(self) -> list[int]:
         """The process has no descriptors left."""
         return self._evict(self._named, len(self._named) // 2)
+
+    def trim(self) -> list[int]:
+        """The limit is lower than it was."""
+        limit = self._limit()
+        return self._evict(self._named, limit) + self._evict(self._pinned, limit)
 
     @staticmethod
     def _evict(nodes: _Nodes, limit: int) -> list[int]:

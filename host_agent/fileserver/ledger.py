@@ -46,6 +46,7 @@ class Kind(IntEnum):
     RANGES = 9  # share, node, owner, [[start, end, kind], ...]
     DROPPED = 10  # share
     NUMBERS = 11  # last node, last handle
+    THROUGH = 12  # share, node, owner, handle: of ranges that were locked before
 
 
 @dataclass(slots=True)
@@ -78,11 +79,12 @@ class Answer:
 
 @dataclass(slots=True)
 class LockRecord:
-    """The locks of one share: what each handle is open on, and who holds what."""
+    """The locks of one share: what each handle is open on, who holds what, and through which handles."""
 
     handles: dict[int, int] = field(default_factory=dict)
     whole: dict[int, int] = field(default_factory=dict)
     ranges: dict[tuple[int, int], list[tuple[int, int, int]]] = field(default_factory=dict)
+    through: dict[tuple[int, int], set[int]] = field(default_factory=dict)
 
 
 class Recent(dict[KeyT, ValueT]):
@@ -192,11 +194,17 @@ class Ledger:
         self._locks_of(share).whole[handle] = kind
 
     def _ranges(self, share: int, node: int, owner: int, ranges: list[list[int]]) -> None:
-        held = self._locks_of(share).ranges
+        locks = self._locks_of(share)
         if ranges:
-            held[node, owner] = [(start, end, kind) for start, end, kind in ranges]
+            locks.ranges[node, owner] = [(start, end, kind) for start, end, kind in ranges]
         else:
-            held.pop((node, owner), None)
+            locks.ranges.pop((node, owner), None)
+            locks.through.pop((node, owner), None)
+
+    def _through(self, share: int, node: int, owner: int, handle: int) -> None:
+        locks = self._locks_of(share)
+        if (node, owner) in locks.ranges:
+            locks.through.setdefault((node, owner), set()).add(handle)
 
     def _dropped(self, share: int) -> None:
         self.nodes.pop(share, None)
@@ -226,6 +234,8 @@ def _lock_entries(share: int, locks: LockRecord) -> Iterator[Entry]:
         yield [Kind.WHOLE, share, handle, kind]
     for (node, owner), ranges in locks.ranges.items():
         yield [Kind.RANGES, share, node, owner, [list(piece) for piece in ranges]]
+        for handle in locks.through.get((node, owner), ()):
+            yield [Kind.THROUGH, share, node, owner, handle]
 
 
 _ACTIONS: Final[dict[int, Callable[..., None]]] = {
@@ -241,4 +251,5 @@ _ACTIONS: Final[dict[int, Callable[..., None]]] = {
     Kind.RANGES: Ledger._ranges,
     Kind.DROPPED: Ledger._dropped,
     Kind.NUMBERS: Ledger._numbers,
+    Kind.THROUGH: Ledger._through,
 }

@@ -37,33 +37,6 @@ FALLOC_FL_ZERO_RANGE: Final = 0x10
 UTIME_NOW: Final = (1 << 30) - 1
 UTIME_OMIT: Final = (1 << 30) - 2
 
-OVERLAYFS: Final = 0x794C7630
-"""f_type of overlayfs: copying a file up gives it another birth time."""
-
-KERNEL_FILESYSTEMS: Final = frozenset(
-    {
-        0x9FA0,  # proc
-        0x62656572,  # sysfs
-        0x64626720,  # debugfs
-        0x74726163,  # tracefs
-        0x73636673,  # securityfs
-        0xF97CFF8C,  # selinuxfs
-        0x62656570,  # configfs
-        0x0027E0EB,  # cgroup
-        0x63677270,  # cgroup2
-        0xCAFE4A11,  # bpf
-        0x6165676C,  # pstore
-        0xDE5E81E4,  # efivarfs
-        0x42494E4D,  # binfmt_misc
-        0x65735543,  # fusectl
-        0x6E736673,  # nsfs
-        0x1CD1,  # devpts
-        0x19800202,  # mqueue
-    }
-)
-"""f_type of what is no disk but the kernel (include/uapi/linux/magic.h): the memory of this very process is a file
-in proc."""
-
 _O_PATH_ENTRY: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # struct statx: mask, blksize, nlink, uid, gid, mode, ino, size, blocks, four times (seconds, ns), rdev, dev.
@@ -182,6 +155,12 @@ def fstatx(descriptor: int) -> Status:
 def magic_link(descriptor: int) -> bytes:
     """The path that means what ``descriptor`` refers to."""
     return b"/proc/self/fd/%d" % descriptor
+
+
+def path_of(descriptor: int) -> bytes:
+    """Where the kernel sees what ``descriptor`` refers to, with " (deleted)" behind it if it was. Raises ENAMETOOLONG
+    for a path of more than PATH_MAX bytes."""
+    return os.readlink(magic_link(descriptor))
 
 
 def open_entry(directory: int, name: bytes) -> int:

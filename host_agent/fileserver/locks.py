@@ -5,6 +5,11 @@ The laws:
   lock belongs to a file and an owner (a process there), so it is an *open file description lock* (F_OFD_SETLK,
   fcntl(2)) on one description for each of them: it excludes host processes whichever kind they use, and other
   owners, and does not go away when this process closes some other descriptor of the file.
+- With a handle go all locks that were taken through it, whoever their owner is. A process (the owner of POSIX locks)
+  gives back all that it has of a file with each descriptor of it that it closes (``ReleaseOwner``, for FUSE_FLUSH), and
+  that comes before the handle can go with the last of them (filp_close): by then it has none left through this handle.
+  The owner of an open file description lock of the guest's (F_OFD_SETLK) is the open file itself, for which no FLUSH
+  comes. The guest's agent gives those back too, but not if it was started anew meanwhile; then nobody else would.
 - A lock is never waited for here: the guest asks again. So a lost guest leaves no waiter behind.
 - Closing a description is how its locks are released, and nothing is open that holds none: a file that is open for
   writing cannot be executed on the host.
@@ -28,6 +33,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.keepsakes import Keepsakes, Name, ShareKeepsakes
 from host_agent.fileserver.ledger import Kind, LockRecord
@@ -58,6 +64,9 @@ _KINDS: Final = {number: kind for kind, number in _TYPES.items()}
 Range = tuple[int, int, int]
 """start, end (inclusive), READ or WRITE"""
 
+OwnerKey = tuple[int, int]
+"""node, owner"""
+
 
 def with_lock(ranges: list[Range], start: int, end: int, kind: int) -> list[Range]:
     """The ranges one owner holds after ``start`` to ``end`` became ``kind``: sorted, neighbours of a kind joined."""
@@ -81,6 +90,7 @@ class _Handle:
 
     node: int
     fd: int = -1
+    owners: set[OwnerKey] = field(default_factory=set)  # of what was locked through it with fcntl(2)
 
 
 @dataclass(slots=True)
@@ -89,6 +99,7 @@ class _Owner:
 
     fd: int
     ranges: list[Range] = field(default_factory=list)
+    handles: set[int] = field(default_factory=set)  # through which it has locked
 
 
 class HostLocks:
@@ -102,6 +113,7 @@ class HostLocks:
         past: LockRecord | None = None,
         kept: dict[Name, int] | None = None,
         keepsakes: ShareKeepsakes | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """``open_file(node, flags)`` gives a descriptor of its own of a regular file, or raises ``OSError``.
 
@@ -114,9 +126,11 @@ class HostLocks:
         self._past = past
         self._kept = {} if kept is None else kept
         self._keepsakes = keepsakes or Keepsakes().of(share)
+        self._budget = budget or Budget()
         self._mutex = threading.Lock()
         self._handles: dict[int, _Handle] = {}
-        self._owners: dict[tuple[int, int], _Owner] = {}
+        self._owners: dict[OwnerKey, _Owner] = {}
+        self._flocked = 0  # handles with a descriptor
         self._actions: dict[type, Callable[[Any], Any]] = {
             OpenForLocks: self._open,
             Release: self._release,
@@ -129,7 +143,7 @@ class HostLocks:
     @property
     def descriptors(self) -> int:
         """How many descriptors are open for locks."""
-        return len(self._owners) + sum(handle.fd >= 0 for handle in list(self._handles.values()))
+        return len(self._owners) + self._flocked
 
     def perform(self, call: object) -> object:
         """Do one lock call; returns its result. Raises ``OSError``; EAGAIN when another holds the lock."""
@@ -153,6 +167,7 @@ class HostLocks:
                 os.close(owner.fd)
             self._handles.clear()
             self._owners.clear()
+            self._flocked = 0
 
     # --- the calls ---------------------------------------------------------------------------------
 
@@ -168,6 +183,8 @@ class HostLocks:
         # A handle that is gone already is no error: a call may be asked again after a kill.
         if (handle := self._handles.pop(call.handle, None)) is not None:
             self._close_handle(call.handle, handle)
+            for key in list(handle.owners):
+                self._drop_owner(*key)
             self._journal.add(Kind.RELEASED, self._share, call.handle)
         return self._drop_owner(call.node, call.owner)
 
@@ -202,7 +219,16 @@ class HostLocks:
         else:
             _check_range(call.start, call.end, call.kind, (READ, WRITE, UNLOCK))
             self._set_range(call)
+            if call.kind != UNLOCK:
+                self._locked_through((call.node, call.owner), call.handle)
         return Done()
+
+    def _locked_through(self, key: OwnerKey, number: int) -> None:
+        owner, handle = self._owners.get(key), self._handles.get(number)
+        if owner is not None and handle is not None and number not in owner.handles:
+            owner.handles.add(number)
+            handle.owners.add(key)
+            self._journal.add(Kind.THROUGH, self._share, *key, number)
 
     def _handle(self, call: SetLock | TestLock) -> _Handle:
         handle = self._handles.get(call.handle)
@@ -226,7 +252,8 @@ class HostLocks:
             self._close_handle(number, handle)
             return
         if handle.fd < 0:
-            handle.fd = self._open_any(handle.node, os.O_RDONLY)
+            handle.fd = self._open_to_lock(handle.node, os.O_RDONLY)
+            self._flocked += 1
         try:
             fcntl.flock(handle.fd, _WHOLE_OPERATIONS[kind] | fcntl.LOCK_NB)
         except OSError:
@@ -240,6 +267,7 @@ class HostLocks:
             self._keepsakes.give_up_lock(self._keepsakes.flock(number))
             os.close(handle.fd)
             handle.fd = -1
+            self._flocked -= 1
 
     # --- fcntl(2) ----------------------------------------------------------------------------------
 
@@ -249,7 +277,7 @@ class HostLocks:
         if owner is None:
             if call.kind == UNLOCK:
                 return
-            owner = self._owners[key] = _Owner(self._open_any(call.node))
+            owner = self._owners[key] = _Owner(self._open_to_lock(call.node))
         try:
             after = with_lock(owner.ranges, call.start, call.end, call.kind)
             if len(after) > MAX_RANGES:
@@ -264,10 +292,20 @@ class HostLocks:
         self._journal.add(Kind.RANGES, self._share, *key, [list(piece) for piece in owner.ranges])
 
     def _close_owner(self, node: int, owner: int) -> None:
-        descriptor = self._owners.pop((node, owner)).fd
-        _unlock(descriptor)
-        self._keepsakes.give_up_lock(self._keepsakes.ranges(node, owner))
-        os.close(descriptor)
+        key = (node, owner)
+        gone = self._owners.pop(key)
+        for number in gone.handles:
+            if (handle := self._handles.get(number)) is not None:
+                handle.owners.discard(key)
+        _unlock(gone.fd)
+        self._keepsakes.give_up_lock(self._keepsakes.ranges(*key))
+        os.close(gone.fd)
+
+    def _open_to_lock(self, node: int, first: int = os.O_RDWR) -> int:
+        """A description that stays open for as long as the lock. Raises ENOLCK."""
+        if self.descriptors >= self._budget.locks:
+            raise _os_error(errno.ENOLCK)
+        return self._open_any(node, first)
 
     def _open_any(self, node: int, first: int = os.O_RDWR) -> int:
         """A description of its own, open the way ``first`` says, else in any way there is."""
@@ -289,6 +327,7 @@ class HostLocks:
         for number, kind in past.whole.items():
             if kind != UNLOCK and (handle := self._handles.get(number)) is not None:
                 handle.fd = self._kept.pop(self._keepsakes.flock(number), -1)
+                self._flocked += handle.fd >= 0
                 self._take_again(handle.node, partial(self._set_whole, number, handle, kind))
         for (node, owner), ranges in past.ranges.items():
             # What is not got again must not be tried again by the next successor either.
@@ -298,6 +337,8 @@ class HostLocks:
             for start, end, kind in ranges:
                 call = SetLock(self._share, 0, node, 0, owner, start, end, kind)
                 self._take_again(node, partial(self._set_range, call))
+            for number in past.through.get((node, owner), ()):
+                self._locked_through((node, owner), number)
         self._let_go_of_kept()
 
     def _let_go_of_kept(self) -> None:

@@ -81,7 +81,7 @@ class NameOperations:
         name = call.name
         check_name(name)
         reach = self._reach
-        directory = reach.acquire(call.node)
+        directory = reach.acquire_directory(call.node)
         try:
             if directory.sealed:
                 raise failure(errno.EACCES)
@@ -269,7 +269,7 @@ class NameOperations:
         if call.after < 0:
             raise failure(errno.EINVAL)
         stream = (call.node, call.handle)
-        with self._reach.use(call.node) as directory:
+        with self._reach.use_directory(call.node) as directory:
             snapshot = self._core.snapshots.get(stream) if call.after else None
             if snapshot is None:
                 snapshot = self._take_snapshot(directory)

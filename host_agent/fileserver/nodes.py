@@ -4,7 +4,7 @@ The law: a number stands for one file for ever. What a file is, its ``Identity``
 number and the time it was made, since inode numbers are used again. Names are links from a directory's
 *node*, not paths, so that moving a directory costs nothing, however much is in it.
 
-``NodeTable`` is bookkeeping only: it makes no system call and takes no lock. ``reach`` owns the lock under
+``NodeTable`` is bookkeeping only: it makes no system call and takes no lock. ``registry`` owns the lock under
 which it is used, and the descriptors.
 """
 
@@ -82,6 +82,7 @@ class Node:
     __slots__ = (
         "base",
         "below",
+        "confirmed",
         "dead",
         "descriptor",
         "doubt",
@@ -120,6 +121,7 @@ class Node:
         self.pinned = False
         self.idle = False
         self.lost = False
+        self.confirmed = 0.0  # confinement: until when it counts as below the root (monotonic)
         # signatures: of the data that the guest was given
         self.base: tuple[int, ...] | None = None
         self.doubt = False

@@ -52,6 +52,7 @@ class Root:
     def check(self) -> bool:
         """Look again; True if anything is different now."""
         before = (self.stage, self.reason)
+        self._core.reach.devices.forget()
         try:
             replaced = self._adopt()
         except OSError as error:
@@ -62,7 +63,7 @@ class Root:
         return replaced or before != (self.stage, self.reason)
 
     def _adopt(self) -> bool:
-        descriptor = self._walk()
+        descriptor = self._core.reach.opening(self._walk)
         try:
             status = linux.fstatx(descriptor)
             if not stat.S_ISDIR(status.mode):

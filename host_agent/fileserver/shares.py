@@ -20,9 +20,10 @@ from typing import Any, Final, NamedTuple
 
 import trio
 
+from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.control import GuestStage, SharedFolder, ShareStage, ShareState
 from host_agent.fileserver.journal import Journal
-from host_agent.fileserver.keepsakes import Inherited, ShareKeepsakes
+from host_agent.fileserver.keepsakes import Inherited, Name, ShareKeepsakes
 from host_agent.fileserver.ledger import Kind, LockRecord, NodeRecord
 from host_agent.fileserver.locks import HostLocks
 from host_agent.fileserver.nodes import Identity, Link, RestoredNode
@@ -89,9 +90,14 @@ class Share:
     """A folder that is served. ``close`` is the end of it."""
 
     def __init__(
-        self, folder: SharedFolder, journal: Journal, hidden: list[str], keepsakes: ShareKeepsakes
+        self,
+        folder: SharedFolder,
+        journal: Journal,
+        hidden: list[str],
+        keepsakes: ShareKeepsakes,
+        budget: Budget | None = None,
     ) -> None:
-        """``hidden`` are paths of directories that the guest sees empty."""
+        """``hidden`` are paths of directories that the guest sees empty, ``budget`` is that of all shares."""
         self.folder = folder
         self.workers = Workers(f"share-{folder.id:08x}")
         # Apart from the calls: those wait for what is done here first.
@@ -103,6 +109,7 @@ class Share:
         self._journal = journal
         self._hidden = hidden
         self._keepsakes = keepsakes
+        self._budget = budget or Budget()
         self._for_good = False
         self._tree: Tree | None = None
         self._locks: HostLocks | None = None
@@ -121,12 +128,16 @@ class Share:
                 recorder=_ShareRecorder(self.folder.id, self._journal),
                 next_node=self._journal.next_node,
                 keepsakes=self._keepsakes,
+                budget=self._budget,
             )
-            self._locks = HostLocks(
-                self.folder.id, self._journal, self._tree.data_fd_for_locks, keepsakes=self._keepsakes
-            )
+            self._locks = self._host_locks(None, {})
         finally:
             self._opened.set()
+
+    def _host_locks(self, past: LockRecord | None, kept: dict[Name, int]) -> HostLocks:
+        assert self._tree is not None
+        open_file = self._tree.data_fd_for_locks
+        return HostLocks(self.folder.id, self._journal, open_file, past, kept, self._keepsakes, self._budget)
 
     async def wait_opened(self) -> None:
         """Return when the folder was looked at for the first time."""
@@ -149,14 +160,7 @@ class Share:
                     self._tree.restore(_restored(nodes, kept))
                 self._tree.suspect_all()
             if (locks is not None or kept.locks) and self._tree is not None:
-                self._locks = HostLocks(
-                    self.folder.id,
-                    self._journal,
-                    self._tree.data_fd_for_locks,
-                    locks or LockRecord(),
-                    kept.locks,
-                    self._keepsakes,
-                )
+                self._locks = self._host_locks(locks or LockRecord(), kept.locks)
         finally:
             self._ready.set()
         if self._locks is not None:

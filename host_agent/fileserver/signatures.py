@@ -6,8 +6,10 @@ what it was given is kept, and compared whenever it asks about the file; if it d
 question that came after it. A false alarm costs one more read; it is never avoided at the price of that law:
 
 - A signature is taken *before* the data is read.
-- Time stamps have the granularity of a tick, so one taken within ``UNSETTLED_NS`` of the file's last change may
-  stay the same over another change: it is in *doubt*, and the next comparison counts as different.
+- Time stamps have a granularity: of a tick on the usual disks, of a second on old ones, and of nobody knows what where
+  they come from another machine or are remembered for a while (NFS, SMB, FUSE). So a signature taken so soon after
+  the file's last change that it may stay the same over another one is in *doubt*, and the next comparison counts as
+  different. How soon that is, ``devices`` says for each filesystem; of those it does not know it is always.
 - A write of the guest's own is signed afterwards and always leaves a doubt: somebody else may have written
   between that and the look before it. Writes pass the doubt on, so a long stream of them causes one alarm.
 
@@ -40,6 +42,11 @@ from host_agent.fileserver.nodes import Node
 UNSETTLED_NS: Final = 20_000_000
 """Two ticks of a kernel with HZ=100, the coarsest there is."""
 
+COARSE_NS: Final = 2_000_000_000 + UNSETTLED_NS
+"""The coarsest stamps that are local: two seconds, of which they are the beginning."""
+
+NEVER_NS: Final = 1 << 100
+"""Beyond every distance of two times."""
 
 UNKNOWN: Final = -1
 """Of ``Node.told``: this process has not said, or its answer may have been lost."""
@@ -49,18 +56,24 @@ def sign(status: Status) -> tuple[int, ...]:
     return (status.size, status.mtime, status.mtime_nsec, status.ctime, status.ctime_nsec)
 
 
-def is_unsettled(status: Status, now_ns: int) -> bool:
-    """Did the file change so lately that its time stamps may not show another change?"""
+def is_unsettled(status: Status, now_ns: int, unsettled_ns: int) -> bool:
+    """Did the file change so lately that its time stamps may not show another change?
+
+    Stamps without nanoseconds are taken for whole seconds, whatever the filesystem can do: ext4 with inodes of 128
+    bytes has no room for more (ext2 and ext3 never have), and says so nowhere.
+    """
+    if not status.ctime_nsec and not status.mtime_nsec:
+        unsettled_ns = max(unsettled_ns, COARSE_NS)
     return (
-        abs(now_ns - status.ctime * 1_000_000_000 - status.ctime_nsec) < UNSETTLED_NS
-        or abs(now_ns - status.mtime * 1_000_000_000 - status.mtime_nsec) < UNSETTLED_NS
+        abs(now_ns - status.ctime * 1_000_000_000 - status.ctime_nsec) < unsettled_ns
+        or abs(now_ns - status.mtime * 1_000_000_000 - status.mtime_nsec) < unsettled_ns
     )
 
 
-def giving(node: Node, status: Status) -> None:
+def giving(node: Node, status: Status, unsettled_ns: int) -> None:
     """Data of the file as it was at ``status``, or later, is about to be given to the guest."""
     if node.base is None:
-        node.doubt = is_unsettled(status, time.time_ns())
+        node.doubt = is_unsettled(status, time.time_ns(), unsettled_ns)
         node.base = sign(status)
 
 

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Final, Generic, TypeVar
 
@@ -32,6 +32,10 @@ THREADS: Final = 6
 #: somewhere below it must not stop all the rest.
 MOST_THREADS: Final = 48
 STUCK: Final = 0.5
+#: Threads of one share that may be replaced while they wait for a program of the host (``waiting``).
+MOST_WAITING: Final = 16
+
+_current = threading.local()
 
 
 class Workers:
@@ -46,6 +50,8 @@ class Workers:
         self._lock = threading.Lock()
         self._unfinished = 0
         self._threads = 0
+        self._waiting = 0
+        self._closing = False
         self._last: Callable[[], object] = lambda: None
         self._closed = threading.Event()
 
@@ -53,15 +59,46 @@ class Workers:
         """Have ``function`` run, after everything that was submitted before has at least begun."""
         with self._lock:
             self._unfinished += 1
-            now = time.monotonic()
             if self._unfinished == 1:
-                self._moved = now
-            limit = self._limit if now - self._moved < STUCK else self._most
-            start = self._threads < min(limit, self._unfinished)
-            self._threads += start
+                self._moved = time.monotonic()
+            start = self._take_another()
         self._queue.put(function)
         if start:
-            threading.Thread(target=self._work, name=self._name, daemon=True).start()
+            self._start()
+
+    def relieve(self) -> None:
+        """To be called once a second: where all threads are stuck, what waits behind them needs one more, also if
+        nothing else is submitted."""
+        with self._lock:
+            start = self._take_another()
+        if start:
+            self._start()
+
+    def _take_another(self) -> bool:
+        """With the lock held: whether there is one thread more from now on."""
+        stuck = time.monotonic() - self._moved >= STUCK
+        limit = self._most if stuck else self._limit + min(self._waiting, MOST_WAITING)
+        more = self._threads < min(limit, self._most, self._unfinished)
+        self._threads += more
+        if more and self._closing:
+            self._queue.put(None)
+        return more
+
+    def _start(self) -> None:
+        threading.Thread(target=self._work, name=self._name, daemon=True).start()
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        with self._lock:
+            self._waiting += 1
+            start = self._take_another()
+        if start:
+            self._start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def close(self, last: Callable[[], object]) -> None:
         """Let the threads end when all is done that was submitted; the last one does ``last``, alone.
@@ -71,6 +108,7 @@ class Workers:
         self.submit(lambda: None)  # so that there is a thread
         self._last = last
         with self._lock:
+            self._closing = True  # each thread that is started from now on brings its own end with it
             threads = self._threads
         for _ in range(threads):
             self._queue.put(None)
@@ -80,6 +118,7 @@ class Workers:
         return self._closed.wait(timeout)
 
     def _work(self) -> None:
+        _current.workers = self
         self._work_until_closed()
         with self._lock:
             self._threads -= 1
@@ -99,6 +138,13 @@ class Workers:
             with self._lock:
                 self._unfinished -= 1
                 self._moved = time.monotonic()
+
+
+def waiting() -> contextlib.AbstractContextManager[None]:
+    """Around what waits for a program of the host, which may take a minute: another thread does the other work of the
+    share meanwhile. It stays afterwards."""
+    workers: Workers | None = getattr(_current, "workers", None)
+    return contextlib.nullcontext() if workers is None else workers._replaced()
 
 
 class Completions(Generic[ItemT]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,22 +15,11 @@ import trio
 from host_agent.fileserver.control import SharedFolder
 from protocol import codec
 from protocol.errors import LinkError
-from protocol.files import (
-    MAX_FILES_PAYLOAD,
-    ROOT,
-    Entry,
-    FileCall,
-    Lookup,
-    MountReport,
-    MountReports,
-    MountShares,
-    MountStage,
-)
-from protocol.link import Hello, Link, Role, SerialChannel, Service
+from protocol.files import ROOT, Entry, FileCall, Lookup
+from protocol.link import Link
 from protocol.messages import Result
 from tests.files.harness import FileServer, TrioThread, loose_directory
-
-ANSWER_SECONDS = 20.0
+from tests.host_agent.fileserver.peers import Kernel, port
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,53 +36,32 @@ class Refused(Exception):
 
 
 class Peer:
-    """The guest's end. A session that the server ends is followed by a new one."""
+    """A guest that tests speak for from another thread. A session that the server ends is followed by a new one."""
 
     def __init__(self, loop: TrioThread, server: FileServer, secret: bytes) -> None:
         self._loop = loop
         self.server = server
         self._secret = secret
-        self._link: Link | None = None
-        self._came = trio.Event()
-        self._unique = 0
-        self.sessions = 0
+        self._kernel = Kernel("the-peer")
 
-    async def run(self, path: Path, task_status: trio.TaskStatus[None]) -> None:
-        listening = trio.socket.socket(trio.socket.AF_UNIX)
-        await listening.bind(os.fspath(path))
-        listening.listen(1)
-        task_status.started()
-        async with trio.SocketListener(listening) as listener:
+    async def run(self, directory: Path, task_status: trio.TaskStatus[None]) -> None:
+        async with port(directory) as opened:
+            task_status.started()
             while True:
-                async with await listener.accept() as stream:
-                    channel = SerialChannel(stream)
-                    with contextlib.suppress(OSError, trio.BrokenResourceError):
-                        while True:
-                            await self._session(await channel.establish())
+                channel = await opened.accept(math.inf)
+                with contextlib.suppress(OSError, trio.BrokenResourceError):
+                    while True:
+                        async with self._kernel.session(channel):
+                            await self._kernel.over.wait()
 
-    async def _session(self, stream: trio.abc.Stream) -> None:
-        service = Service()
-        link = Link(
-            stream,
-            Role.GUEST,
-            service,
-            Hello(boot_id="the-peer", name="peer"),
-            max_payload=MAX_FILES_PAYLOAD,
-            max_backlog=1 << 30,
-        )
+    @property
+    def sessions(self) -> int:
+        """How many there were."""
+        return len(self._kernel.mounted)
 
-        async def mount(request: MountShares) -> MountReports:
-            self._link = link
-            self._came.set()
-            self.sessions += 1
-            return MountReports([MountReport(share.id, MountStage.MOUNTED) for share in request.shares])
-
-        service.on_request(MountShares, mount)
-        try:
-            with contextlib.suppress(LinkError):
-                await link.run()
-        finally:
-            self._link, self._came = None, trio.Event()
+    @property
+    def _link(self) -> Link | None:
+        return self._kernel.link
 
     # --- asking ------------------------------------------------------------------------------------
 
@@ -100,25 +69,13 @@ class Peer:
         """What the server says to a call of any shape. Raises ``Refused``."""
         return self._loop.call(self._raw, op, args, payload)
 
-    async def _raw(self, op: int, args: Any, payload: bytes) -> Result:
-        with trio.fail_after(ANSWER_SECONDS):
-            while self._link is None:
-                await self._came.wait()
-            link, event, outcomes = self._link, trio.Event(), []
-
-            def on_result(outcome: Result | LinkError) -> None:
-                outcomes.append(outcome)
-                event.set()
-
-            number = link._live().call(op, args, payload)
-            link._calling[number] = on_result
-            link._flush()
-            await event.wait()
-        outcome = outcomes[0]
-        if isinstance(outcome, LinkError):
-            raise Refused(str(outcome))
-        self.check(outcome)
-        return outcome
+    async def _raw(self, op: int, args: object, payload: bytes) -> Result:
+        try:
+            result = await self._kernel.ask_anything(op, args, payload)
+        except LinkError as error:
+            raise Refused(str(error)) from None
+        self.check(result)
+        return result
 
     def check(self, result: Result) -> None:
         """No answer ever holds what is outside of the shares."""
@@ -147,9 +104,8 @@ class Peer:
         return [Reply(result.errno, result.value, result.payload) for result in self._loop.call(ask_all)]
 
     def unique(self) -> int:
-        """A number as the kernel gives them to requests: even, new."""
-        self._unique += 2
-        return self._unique
+        """A number as the kernel gives them to requests."""
+        return self._kernel.unique()
 
     def look_up(self, share: int, *names: bytes) -> Entry:
         """Walk from the root; everything must be there."""
@@ -172,9 +128,9 @@ def peer_of(
             (top / name).mkdir(parents=True)
         for name in hide:
             (top / name).mkdir(parents=True, exist_ok=True)
-        server = FileServer(loop, directory, directory / "socket", [top / name for name in hide])
+        server = FileServer(loop, directory, directory / "files.sock", [top / name for name in hide])
         peer = Peer(loop, server, secret)
-        loop.start(peer.run, directory / "socket")
+        loop.start(peer.run, directory)
         try:
             server.start(
                 [

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from host_agent.fileserver.confinement import VALID
 from protocol import codec, files
 from protocol.files import (
     ATTR,
@@ -318,14 +319,22 @@ def test_a_file_that_turns_into_a_symlink(scene: Scene) -> None:
 
 
 def test_a_parent_that_moves_out_of_the_share(scene: Scene) -> None:
-    """Its node may go on meaning it, but the way back up does not lead anywhere."""
+    """Its node may go on meaning it, but nothing in it is to be had, or made, and the way up does not lead anywhere."""
     (scene.open / "moving/below").mkdir(parents=True)
+    (scene.open / "moving/below/file").write_bytes(b"public")
     node = scene.peer.look_up(OPEN, b"moving", b"below").node
     before = (scene.secret / "below").stat().st_mtime_ns
     (scene.open / "moving").rename(scene.top / "secret/below/moved")
+    deadline = time.monotonic() + 10 * VALID
+    while not scene.ask(Lookup(OPEN, scene.unique(), node, b"file")):
+        assert time.monotonic() < deadline
+    assert scene.ask(List(OPEN, scene.unique(), node, 1, 0)) == errno.ESTALE
+    assert scene.ask(Create(OPEN, scene.unique(), node, b"new", 0o644, os.O_RDWR)) == errno.ESTALE
+    assert scene.ask(Rename(OPEN, scene.unique(), node, b"file", ROOT, b"taken")) == errno.ESTALE
     for name in (b"..", b"../data", b"../../data"):
         assert scene.ask(Lookup(OPEN, scene.unique(), node, name)) != 0
     (scene.top / "secret/below/moved").rename(scene.open / "moving")
+    assert scene.ask(Lookup(OPEN, scene.unique(), node, b"file")) == 0
     os.utime(scene.secret / "below", ns=(before, before))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from host_agent.fileserver.confinement import VALID
 from host_agent.fileserver.control import GuestStage
 from tests.files.harness import Folder, Plane, ShareStage, eventually, loose_directory
 
@@ -175,6 +176,39 @@ print(os.listdir("."))
         finished = running.wait(20)
     assert finished.output == "there\n['file']\n", finished.errors
     assert (plane.host / "c/b/file").read_text() == "x"
+
+
+def test_a_directory_that_the_host_moves_out_of_the_share_while_it_is_current(plane: Plane) -> None:
+    """What a program has open it keeps; what it does not have yet it does not get."""
+    (plane.host / "a/b").mkdir(parents=True)
+    (plane.host / "a/b/file").write_text("open")
+    script = """
+import errno, os, sys, time
+os.chdir("a/b")
+fd = os.open("file", os.O_RDWR)
+print("there", flush=True)
+while not os.path.exists(sys.argv[1]): time.sleep(0.01)
+print(os.write(fd, b"more"), os.pread(fd, 9, 0))
+for name in "file", "never", "new":
+    try:
+        os.close(os.open(name, os.O_RDWR | os.O_CREAT * (name == "new")))
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
+    flag = plane.directory / "go"
+    with plane.start([sys.executable, "-u", "-c", script, str(flag)]) as running:
+        eventually("it is there", lambda: running.said()[0] == "there\n")
+        (plane.host / "a").rename(plane.directory / "outside")
+        time.sleep(2 * VALID)
+        flag.touch()
+        finished = running.wait(20)
+    said = finished.output.splitlines()
+    assert said[:2] == ["there", "4 b'more'"], finished.errors
+    assert set(said[2:]) <= {"ENOENT", "ESTALE"}, finished.output
+    assert len(said) == 5
+    assert os.listdir(plane.directory / "outside/b") == ["file"]
+    (plane.directory / "outside").rename(plane.host / "a")
+    assert plane.sh("cat a/b/file") == "more"
 
 
 # --- space -----------------------------------------------------------------------------------------

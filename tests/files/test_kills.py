@@ -265,6 +265,27 @@ def test_a_lock_outlives_the_servers(locking: Plane, call: str, kill: Callable[[
     assert locking.state().lost == 0
 
 
+OPEN_FILE_LOCK = """
+import fcntl, os, struct, time
+fd = os.open("file", os.O_RDWR)
+fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("@hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kill", [kill_server, kill_agent, kill_both])
+def test_a_lock_of_an_open_file_goes_with_it(locking: Plane, kill: Callable[[Plane], None]) -> None:
+    """Also if those who knew whose it is were killed meanwhile."""
+    with locking.start([sys.executable, "-c", OPEN_FILE_LOCK]) as holder:
+        eventually("the guest holds it", lambda: holder.said()[0] == "held\n")
+        kill(locking)
+        assert not holds_on_host(locking, "lockf")
+        holder.kill()
+        eventually("it is free", lambda: holds_on_host(locking, "lockf"), 10)
+    assert locking.state().lost == 0
+
+
 def test_locks_are_the_guests_own_elsewhere(plane: Plane) -> None:
     (plane.host / "file").write_text("content")
     with plane.start([sys.executable, "-c", HOLD, "file", "flock", "hold"]) as holder:

@@ -65,8 +65,9 @@ class Kernel:
         self.mounted: list[MountShares] = []
         self.report: Callable[[MountShares], MountReports] = _all_mounted
         self.answers = 0
-        self._unique = itertools.count(2, 2)
+        self._unique = itertools.count(2, 2)  # as kernels number requests: even, new
         self._answered = trio.lowlevel.ParkingLot()
+        self._connected = trio.lowlevel.ParkingLot()
 
     def unique(self) -> int:
         return next(self._unique)
@@ -93,7 +94,7 @@ class Kernel:
                 service,
                 greeting,
                 max_payload=MAX_FILES_PAYLOAD,
-                max_backlog=256 << 20,  # the calls are its own, and so is the memory
+                max_backlog=1 << 30,  # the calls are its own, and so is the memory
             )
 
             async def run(task_status: trio.TaskStatus[Link]) -> None:
@@ -108,6 +109,7 @@ class Kernel:
             await mounted.wait()
             if not self.over.is_set():
                 self.link = link
+                self._connected.unpark_all()
                 for pending in list(self.pending.values()):
                     self._send(pending)
             yield link
@@ -149,6 +151,27 @@ class Kernel:
         value: T = codec.decode(call.RESULT, result.value)
         return value
 
+    async def ask_anything(self, op: int, args: object, payload: bytes = b"") -> messages.Result:
+        """The answer to a call of any shape, which is sent once. Raises ``LinkError`` if the session ends instead."""
+        outcomes: list[messages.Result | LinkError] = []
+        come = trio.Event()
+
+        def on_result(outcome: messages.Result | LinkError) -> None:
+            outcomes.append(outcome)
+            come.set()
+
+        with trio.fail_after(SOON):
+            while (link := self.link) is None:
+                await self._connected.park()
+            number = link._live().call(op, args, payload)
+            link._calling[number] = on_result
+            link._flush()
+            await come.wait()
+        [outcome] = outcomes
+        if isinstance(outcome, LinkError):
+            raise outcome
+        return outcome
+
     async def lookup(self, name: bytes, parent: int = ROOT, share: int = SHARE) -> Entry:
         return await self.ask(Lookup(share, self.unique(), parent, name))
 
@@ -165,8 +188,8 @@ class Port:
         self.path = path
         self._channels: list[SerialChannel] = []
 
-    async def accept(self) -> SerialChannel:
-        with trio.fail_after(SOON):
+    async def accept(self, patience: float = SOON) -> SerialChannel:
+        with trio.fail_after(patience):
             channel = SerialChannel(await self._listener.accept())
         self._channels.append(channel)
         return channel

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import fcntl
 import math
 import os
+import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from host_agent.fileserver import datafiles
 from host_agent.fileserver.datafiles import AFTER_FLUSH, AFTER_READ, AFTER_WRITE, MAX_OPEN, OpenFile
+from host_agent.fileserver.workers import THREADS, Workers
 from protocol.files import (
     ROOT,
     SET_MODE,
@@ -206,6 +211,47 @@ def test_somebody_else_s_file_is_as_its_mode_says() -> None:
         assert share.refused(Write, share.node("f"), 0) == "EACCES"
         assert share.refused(Read, share.node("g"), 0, 1) == "EACCES"
         assert share.ask(Write, share.node("g"), 0, payload=b"written").size == 7
+
+
+# --- leases ---------------------------------------------------------------------------------------------
+
+F_SETSIG = 10  # fcntl(2)
+SOON = 10.0
+
+
+@contextmanager
+def leased(path: Path) -> Iterator[Callable[[], None]]:
+    """A program of the host has a lease on the file, which ends as soon as it is told to: no sooner if somebody wants the
+    file (it is told so by a signal that it ignores)."""
+    with path.open("rb") as holder:
+        fcntl.fcntl(holder, F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        yield lambda: fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_UNLCK) and None
+
+
+def test_who_waits_for_a_lease_keeps_nobody(share: Served) -> None:
+    """As many as there are threads, and all the others go on."""
+    for index in range(THREADS):
+        (share.path / f"leased{index}").write_text("x")
+    (share.path / "other").write_text("other")
+    workers, answers = Workers("leases"), SimpleQueue[bytes]()
+    nodes = [share.node(f"leased{index}") for index in range(THREADS)]
+    other = share.node("other")
+    with ExitStack() as leases:
+        give_up = [leases.enter_context(leased(share.path / f"leased{index}")) for index in range(THREADS)]
+        for node in nodes:
+            workers.submit(
+                lambda node=node: answers.put(b"%d" % share.ask(Write, node, 0, payload=b"new").size)
+            )
+        for _ in range(20):
+            workers.submit(lambda: answers.put(share.bytes(Read, other, 0, 9)))
+            assert answers.get(timeout=SOON) == b"other"
+        assert answers.empty(), "they wait"
+        for end in give_up:
+            end()
+        assert [answers.get(timeout=SOON) for _ in nodes] == [b"3"] * THREADS
+    workers.close(lambda: None)
+    assert workers.wait_closed(SOON)
 
 
 # --- for locks ------------------------------------------------------------------------------------------

@@ -95,6 +95,22 @@ def test_recent_counts_a_renewed_entry_as_young() -> None:
     assert list(recent) == ["a", "c"]
 
 
+def test_what_was_locked_through_which_handle() -> None:
+    taken = [
+        [Kind.RANGES, SHARE, 2, 5, [[0, 9, 1]]],
+        [Kind.THROUGH, SHARE, 2, 5, 3],
+        [Kind.THROUGH, SHARE, 2, 5, 4],
+    ]
+    ledger = ledger_of(*taken)
+    assert ledger.locks[SHARE].through == {(2, 5): {3, 4}}
+    assert state(again(ledger)) == state(ledger)
+    ledger.apply([Kind.RANGES, SHARE, 2, 5, [[5, 9, 1]]])
+    assert ledger.locks[SHARE].through == {(2, 5): {3, 4}}
+    ledger.apply([Kind.RANGES, SHARE, 2, 5, []])
+    ledger.apply([Kind.THROUGH, SHARE, 2, 5, 3])
+    assert ledger.locks[SHARE] == LockRecord()
+
+
 def test_a_dropped_share_leaves_nothing_but_its_numbers() -> None:
     ledger = ledger_of(
         node(5, 1, b"a"),
@@ -127,6 +143,7 @@ entry = st.one_of(
     st.builds(
         lambda n, o, r: [Kind.RANGES, SHARE, n, o, r], small, small, st.sampled_from([[], [[0, 9, 1]]])
     ),
+    st.builds(lambda n, o, h: [Kind.THROUGH, SHARE, n, o, h], small, small, small),
 )
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from host_agent.descriptor_store import DescriptorStore
 from host_agent.fileserver import locks as module
+from host_agent.fileserver.budget import FEWEST, Budget
 from host_agent.fileserver.journal import Journal, read
 from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.locks import READ, UNLOCK, WHOLE_FILE_END, WRITE, HostLocks, Range, with_lock
@@ -205,6 +206,72 @@ def test_release_ends_both_kinds(bench: Bench) -> None:
     assert refused.value.errno == errno.EBADF
 
 
+OPEN_FILE, PROCESS, CHILD = 1 << 60, 5, 6
+"""Owners, as the guest's kernel makes them up: of F_OFD_SETLK, and of F_SETLK of two processes."""
+
+
+def test_the_last_close_ends_what_was_locked_through_the_handle(bench: Bench) -> None:
+    """The guest's agent was started anew, and does not know the owner any more."""
+    first, second = bench.handle(), bench.handle()
+    bench.set(first, OPEN_FILE, 0, 9, WRITE)
+    bench.set(first, CHILD, 20, 29, WRITE)
+    bench.set(second, PROCESS, 40, 49, WRITE)
+    bench.set(first, PROCESS, 45, 45, UNLOCK)  # takes nothing through this one
+    bench.locks.perform(Release(SHARE, 1, NODE, first, 0))
+    assert posix_lock_of_another(bench.file, 0, 40)
+    assert not posix_lock_of_another(bench.file, 44, 1)
+    assert bench.locks.descriptors == 1
+    bench.locks.perform(Release(SHARE, 1, NODE, second, 0))
+    assert bench.locks.descriptors == 0
+
+
+def test_what_was_locked_anew_through_another_handle_stays(bench: Bench) -> None:
+    """A process closes a descriptor that its child has as well, and goes on with another one."""
+    shared, own = bench.handle(), bench.handle()
+    bench.set(shared, PROCESS, 0, 9, WRITE)
+    bench.locks.perform(ReleaseOwner(SHARE, 1, NODE, shared, PROCESS))
+    bench.set(own, PROCESS, 0, 9, WRITE)
+    bench.set(shared, CHILD, 20, 29, WRITE)
+    bench.locks.perform(Release(SHARE, 1, NODE, shared, 0))
+    assert not posix_lock_of_another(bench.file, 0, 1)
+    assert posix_lock_of_another(bench.file, 20, 1)
+
+
+def test_a_lock_that_was_refused_ties_nothing_to_the_handle(bench: Bench) -> None:
+    first, second = bench.handle(), bench.handle()
+    bench.set(first, PROCESS, 0, 9, WRITE)
+    bench.set(first, CHILD, 20, 29, WRITE)
+    with pytest.raises(BlockingIOError):
+        bench.set(second, PROCESS, 15, 25, WRITE)
+    bench.locks.perform(Release(SHARE, 1, NODE, second, 0))
+    assert not posix_lock_of_another(bench.file, 0, 1)
+
+
+def test_locks_have_a_part_of_the_descriptors(bench: Bench) -> None:
+    locks = HostLocks(SHARE, bench.journal, bench.open, budget=Budget(64))
+    handles = []
+    for _ in range(20):
+        opened = locks.perform(OpenForLocks(SHARE, 1, NODE, os.O_RDWR))
+        assert isinstance(opened, Opened)
+        handles.append(opened.handle)
+    for owner in range(10):
+        locks.perform(SetLock(SHARE, 1, NODE, handles[0], owner, owner, owner, WRITE))
+    for handle in handles[:6]:
+        locks.perform(SetLock(SHARE, 1, NODE, handle, 0, 0, 0, READ, whole=True))
+    for call in (
+        SetLock(SHARE, 1, NODE, handles[0], 99, 50, 50, WRITE),
+        SetLock(SHARE, 1, NODE, handles[19], 0, 0, 0, READ, whole=True),
+    ):
+        with pytest.raises(OSError) as refused:
+            locks.perform(call)
+        assert refused.value.errno == errno.ENOLCK
+    assert locks.descriptors == FEWEST
+    locks.perform(Release(SHARE, 1, NODE, handles[0], 0))
+    assert locks.descriptors == 5
+    locks.perform(call)
+    locks.close()
+
+
 def test_a_file_that_cannot_be_written_can_be_locked_for_reading(bench: Bench) -> None:
     asked: list[int] = []
 
@@ -278,6 +345,24 @@ def test_the_first_call_finds_the_locks_taken_again(bench: Bench) -> None:
         bench.set(handle, 6, 0, 9, WRITE)
 
 
+def test_a_successor_knows_what_was_locked_through_which_handle(bench: Bench) -> None:
+    first, second = bench.handle(), bench.handle()
+    bench.set(first, OPEN_FILE, 0, 9, WRITE)
+    bench.set(second, PROCESS, 20, 29, WRITE)
+    for _ in range(2):
+        bench.killed()
+        bench.locks.settle()
+    assert not posix_lock_of_another(bench.file, 0, 1)
+    bench.locks.perform(Release(SHARE, 1, NODE, first, 0))
+    assert posix_lock_of_another(bench.file, 0, 1)
+    assert not posix_lock_of_another(bench.file, 20, 1)
+    bench.killed()
+    bench.locks.settle()
+    assert posix_lock_of_another(bench.file, 0, 1)
+    bench.locks.perform(Release(SHARE, 1, NODE, second, 0))
+    assert (bench.locks.descriptors, bench.locks.lost) == (0, 0)
+
+
 def test_what_somebody_took_meanwhile_is_lost_and_counted(bench: Bench) -> None:
     handle = bench.handle()
     bench.whole(handle, READ)
@@ -335,6 +420,22 @@ def test_a_description_outlives_the_server(bench: Bench, tmp_path: Path) -> None
             assert flock_of_another(bench.file)
             store.take_in(ours)
             assert len(store) == 1
+
+
+def test_a_kept_description_goes_with_the_handle(bench: Bench) -> None:
+    with closing(DescriptorStore()) as store:
+        with store.opened() as (_, theirs), closing(Keepsakes(theirs)) as keepsakes:
+            bench.successor(keepsakes)
+            handle = bench.handle()
+            bench.set(handle, OPEN_FILE, 10, 19, WRITE)
+            bench.journal.flush()
+        bench.locks.close()
+        with store.opened() as (ours, theirs), closing(Keepsakes(theirs)) as keepsakes:
+            bench.successor(keepsakes)
+            bench.locks.perform(Release(SHARE, 1, NODE, handle, 0))
+            assert posix_lock_of_another(bench.file, 10, 1)
+            store.take_in(ours)
+            assert len(store) == 0
 
 
 def test_a_lock_that_nobody_was_told_of_is_let_go_of(bench: Bench) -> None:

@@ -636,6 +636,38 @@ async def test_a_share_that_hangs_does_not_stop_another(place: Path, monkeypatch
         assert [(await kernel.finish(pending)).errno for pending in stuck] == [0] * 20
 
 
+async def test_a_call_behind_calls_that_hang_is_answered(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one share: what hangs is somewhere below it. The guest asks nothing else, since it waits."""
+    monkeypatch.setattr("host_agent.fileserver.server.LOOK_INTERVAL", 0.05)
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        entry = await guest.create(b"file")
+        gate = Gate(monkeypatch, GetAttributes)
+        stuck = [kernel.begin(GetAttributes(SHARE, kernel.unique(), entry.node)) for _ in range(THREADS)]
+        assert (await kernel.lookup(b"file")).node == entry.node
+        assert [pending.result for pending in stuck] == [None] * THREADS
+        gate.open()
+        assert [(await kernel.finish(pending)).errno for pending in stuck] == [0] * THREADS
+
+
+async def test_the_shares_have_one_budget(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[object] = []
+
+    class Watched(Tree):
+        def __init__(self, path: str, **options: Any) -> None:
+            budgets.append(options["budget"])
+            super().__init__(path, **options)
+
+    monkeypatch.setattr(shares_module, "Tree", Watched)
+    async with scene(place) as made:
+        (place / "other").mkdir()
+        await made.agent.serve(made.folder, SharedFolder(8, str(place / "other"), "/other"))
+        assert len(budgets) == 2
+        assert budgets[0] is budgets[1]
+
+
 async def test_a_folder_that_hangs_from_the_start_does_not_stop_another(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from host_agent.fileserver import linux, signatures
 from host_agent.fileserver.linux import Status
 from host_agent.fileserver.nodes import Node
+from host_agent.fileserver.signatures import COARSE_NS, NEVER_NS, UNSETTLED_NS
 from protocol.files import (
     ROOT,
     SET_MODE,
@@ -210,16 +214,102 @@ def status(mtime_ns: int, ctime_ns: int = LONG_AGO) -> Status:
 def test_time_stamps_of_just_now_may_hide_another_change(
     mtime_ns: int, ctime_ns: int, unsettled: bool
 ) -> None:
-    assert signatures.is_unsettled(status(mtime_ns, ctime_ns), 5 * 10**9) == unsettled
+    assert signatures.is_unsettled(status(mtime_ns, ctime_ns), 5 * 10**9, UNSETTLED_NS) == unsettled
+
+
+@pytest.mark.parametrize(
+    ("mtime_ns", "ctime_ns", "unsettled"),
+    [
+        (3 * 10**9, LONG_AGO, True),
+        (3 * 10**9, 3 * 10**9, True),
+        (3 * 10**9 + 1, LONG_AGO, False),
+        (LONG_AGO, 3 * 10**9 + 1, False),
+        (2 * 10**9, LONG_AGO, False),
+    ],
+)
+def test_whole_seconds_may_be_of_a_filesystem_that_has_no_more(
+    mtime_ns: int, ctime_ns: int, unsettled: bool
+) -> None:
+    assert signatures.is_unsettled(status(mtime_ns, ctime_ns), 5 * 10**9, UNSETTLED_NS) == unsettled
+
+
+def test_how_long_time_stamps_may_stay_the_same_is_the_filesystem_s() -> None:
+    settled = status(3 * 10**9 - 1, 3 * 10**9 - 1)
+    assert not signatures.is_unsettled(settled, 5 * 10**9, UNSETTLED_NS)
+    assert signatures.is_unsettled(settled, 5 * 10**9, COARSE_NS)
+    assert not signatures.is_unsettled(settled, 6 * 10**9, COARSE_NS)
+    for seconds in (5, 10**9, 1 << 40):
+        assert signatures.is_unsettled(settled, seconds * 10**9, NEVER_NS)
 
 
 def test_data_given_just_after_a_change_is_doubted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     node, now = Node(2, (1, 1, 1), 0o100000, False), 5 * 10**9
     monkeypatch.setattr(signatures.time, "time_ns", lambda: now)
-    signatures.giving(node, status(now))
+    signatures.giving(node, status(now), UNSETTLED_NS)
     assert signatures.is_stale(node, status(now))
     signatures.acknowledged(node)
     assert not signatures.is_stale(node, status(now))
     now += 10**9
-    signatures.giving(node, status(now - 10**9))
-    assert not signatures.is_stale(node, status(now - 10**9))
+    signatures.giving(node, status(now - 10**9 + 1), UNSETTLED_NS)
+    assert not signatures.is_stale(node, status(now - 10**9 + 1))
+
+
+# --- filesystems whose time stamps are coarse -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("filesystem", [0x6969, 0x65735546, 0x4D44], ids=["nfs", "fuse", "fat"])
+def test_data_of_a_filesystem_that_is_not_believed_is_doubted_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filesystem: int
+) -> None:
+    monkeypatch.setattr(linux, "filesystem_type", lambda descriptor: filesystem)
+    frozen: list[tuple[int, ...]] = []
+    sign = signatures.sign
+    monkeypatch.setattr(signatures, "sign", lambda status: frozen[0] if frozen else sign(status))
+    (tmp_path / "f").write_bytes(b"0123456789")
+    os.utime(tmp_path / "f", ns=(LONG_AGO + 1, LONG_AGO + 1))
+    now = time.time_ns
+    monkeypatch.setattr(signatures.time, "time_ns", lambda: now() + 3600 * 10**9)
+    with serving(tmp_path) as share:
+        file = share.node("f")
+        frozen.append(sign(linux.fstatx(0)))
+        for _ in range(3):
+            share.bytes(Read, file, 0, 5)
+            assert stale(share, file)
+
+
+@contextmanager
+def seconds_only(image: Path, mounted: Path) -> Iterator[None]:
+    """ext4 with inodes of 128 bytes."""
+    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("needs to mount")
+    with image.open("wb") as file:
+        file.truncate(4 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-I", "128", image], check=True, capture_output=True)
+    mounted.mkdir()
+    if subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True).returncode:
+        pytest.skip("no loop devices in this sandbox")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
+def test_two_edits_within_a_second_of_a_disk_that_has_no_more(tmp_path: Path) -> None:
+    """The real thing, in real time: an edit, a read 0.1 s later, another edit in the same second."""
+    with seconds_only(tmp_path / "image", tmp_path / "disk"):
+        path = tmp_path / "disk" / "f"
+        path.write_bytes(b"0123456789")
+        with serving(tmp_path / "disk") as share:
+            file = share.node("f")
+            stamps = set()
+            while len(stamps) != 1:  # the second may end in between
+                with path.open("r+b") as host:
+                    host.write(b"abcdefghij")
+                stamps = {(s := path.stat()).st_mtime_ns, s.st_ctime_ns}
+                time.sleep(0.1)
+                assert share.bytes(Read, file, 0, 5) in (b"abcde", b"ABCDE")
+                with path.open("r+b") as host:
+                    host.write(b"ABCDEFGHIJ")
+                stamps |= {(s := path.stat()).st_mtime_ns, s.st_ctime_ns}
+                assert share.ask(GetAttributes, file).stale
+            assert share.bytes(Read, file, 0, 5) == b"ABCDE"

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import pytest
 import trio
 
-from host_agent.fileserver.workers import Completions, Workers
+from host_agent.fileserver.workers import STUCK, Completions, Workers, waiting
 
 #: Seconds for what takes milliseconds.
 SOON = 10.0
@@ -62,6 +62,77 @@ def test_where_all_threads_are_stuck_there_are_more(monkeypatch: pytest.MonkeyPa
     assert not begun.acquire(blocking=False)
     release.set()
     assert ended(workers) == ["last"]
+
+
+def test_what_waits_behind_stuck_threads_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else is submitted: a guest's only program waits for it."""
+    now = 1000.0
+    monkeypatch.setattr("host_agent.fileserver.workers.time.monotonic", lambda: now)
+    workers = Workers("stuck", 1)
+    release, answer = threading.Event(), SimpleQueue[int]()
+    workers.submit(lambda: release.wait(SOON))
+    workers.submit(lambda: answer.put(1))
+    workers.relieve()
+    assert threads_of("stuck") == 1
+    now += STUCK
+    workers.relieve()
+    assert answer.get(timeout=SOON) == 1
+    release.set()
+    assert ended(workers) == ["last"]
+
+
+def test_who_waits_for_a_program_of_the_host_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("host_agent.fileserver.workers.MOST_WAITING", 2)
+    workers = Workers("waits", 1)
+    release, begun, answer = threading.Event(), threading.Semaphore(0), SimpleQueue[int]()
+
+    def wait() -> None:
+        with waiting():
+            begun.release()
+            release.wait(SOON)
+
+    workers.submit(wait)
+    workers.submit(lambda: answer.put(1))
+    workers.submit(wait)
+    workers.submit(lambda: answer.put(2))
+    assert (answer.get(timeout=SOON), answer.get(timeout=SOON)) == (1, 2)
+    for _ in range(3):
+        workers.submit(wait)
+    for _ in range(3):
+        assert begun.acquire(timeout=SOON)
+    assert not begun.acquire(timeout=0.05), "two are replaced, the third is the last thread"
+    release.set()
+    assert ended(workers) == ["last"]
+
+
+def test_threads_that_are_replaced_at_the_end_all_end() -> None:
+    workers = Workers("ends", 1)
+    close, release, answer = threading.Event(), threading.Event(), SimpleQueue[int]()
+
+    def wait() -> None:
+        close.wait(SOON)
+        with waiting():
+            release.wait(SOON)
+
+    workers.submit(wait)
+    words: list[str] = []
+    workers.submit(lambda: answer.put(1))
+    workers.close(lambda: words.append("last"))
+    close.set()
+    assert answer.get(timeout=SOON) == 1, "also when nothing else is served any more"
+    assert words == []
+    release.set()
+    assert workers.wait_closed(SOON)
+    assert words == ["last"]
+
+
+def test_elsewhere_one_just_waits() -> None:
+    with waiting():
+        assert threads_of("MainThread") == 1
+
+
+def threads_of(name: str) -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
 
 
 def test_threads_are_started_when_there_is_work_for_them() -> None:
