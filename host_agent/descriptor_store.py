@@ -4,8 +4,10 @@ Like systemd's file descriptor store, but that the names say all there is to kno
 The file server says over a socket of their own what is to be kept and what is not any more (``fileserver.keepsakes``);
 what it has kept when it ends is in the socket of the next one before that is started.
 
-The laws: what a server has sent is taken in also after its end, and before the next one begins; and at most ``limit``
-descriptors are held, since each is a file of the user's that cannot be given back to the disk.
+The laws: what a server has sent is taken in also after its end, and before the next one begins; at most ``limit``
+descriptors are held, since each is a file of the user's that cannot be given back to the disk; and a host agent that
+is killed loses nothing. For that the server's channel and a log of what is held are the keeper's: each message is in
+one of the two at every moment, and the next host agent finds it there.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 
 import trio
 
-from host_agent.fileserver.keepsakes import MAX_AT_ONCE, MAX_KEPT, Message, Name, prepare, receive, send
+from host_agent.descriptor_log import DescriptorLog
+from host_agent.fileserver.keepsakes import MAX_AT_ONCE, MAX_KEPT, Kept, Message, Name, prepare, receive, send
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +39,28 @@ def make_room(limit: int = MAX_KEPT) -> int:
 
 
 class DescriptorStore:
-    """What is held for one file server after another. ``close`` gives it all back."""
+    """What is held for one file server after another. ``close`` gives it back, but for what the keeper has."""
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, inherited: Sequence[int] = ()) -> None:
+        """``inherited`` are the keeper's four sockets, of which copies are made; without them it all ends with us."""
         self._limit = make_room() if limit is None else limit
         self._held: dict[Name, int] = {}
         self.refused = 0
+        sockets = [socket.socket(fileno=os.dup(descriptor)) for descriptor in inherited]
+        self._channel = sockets[:2]
+        self._log = DescriptorLog(*sockets[2:]) if sockets else None
+        if self._log is not None:
+            self._remember(self._log)
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def _remember(self, log: DescriptorLog) -> None:
+        for message in log.read():
+            self._apply(message)
+        self._tidy()
+        if self._held:
+            logger.info("%d descriptors are taken over", len(self._held))
 
     @contextmanager
     def opened(self) -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -52,9 +68,13 @@ class DescriptorStore:
 
         At the end both are closed, and what it has sent is taken in. Raises ``OSError``.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = [end.dup() for end in self._channel] or socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET
+        )
         with ours, theirs:
             prepare(ours)
+            self.take_in(ours)  # of a server whose host agent was killed
+            _throw_away(theirs)
             self._hand_over(ours)
             try:
                 yield ours, theirs
@@ -71,6 +91,9 @@ class DescriptorStore:
                 names = [name for name, _ in (*some, *items)]
                 logger.warning("%d descriptors could not be handed over: %s", len(names), error)
                 self._discard(names)
+                if self._log is not None:
+                    self._log.append(names, ())
+        self._tidy()
 
     async def follow(self, ours: socket.socket) -> None:
         """Take in what the server says, to its end."""
@@ -80,13 +103,24 @@ class DescriptorStore:
     def take_in(self, ours: socket.socket) -> bool:
         """Take in what it has said. False: it will say no more."""
         try:
-            while (message := receive(ours)) is not None:
+            while (message := receive(ours, socket.MSG_PEEK)) is not None:
                 self._apply(message)
+                if self._log is not None:
+                    self._log.append(message.gone, [kept for kept in message.kept if self._is_held(kept)])
+                ours.recv(1)
         except BlockingIOError:
             return True
         except OSError as error:
             logger.warning("the file server's descriptors: %s", error)
+            with suppress(OSError):
+                ours.recv(1)
+        finally:
+            self._tidy()
         return False
+
+    def _tidy(self) -> None:
+        if self._log is not None:
+            self._log.tidy(self._held.items())
 
     def _apply(self, message: Message) -> None:
         self._discard(message.gone)
@@ -98,6 +132,10 @@ class DescriptorStore:
                 os.close(descriptor)
                 self._refuse(1)
         self._refuse(len(message.lost))
+
+    def _is_held(self, kept: Kept) -> bool:
+        name, descriptor = kept
+        return self._held.get(name) == descriptor
 
     def _refuse(self, count: int) -> None:
         if count and not self.refused:
@@ -111,3 +149,15 @@ class DescriptorStore:
 
     def close(self) -> None:
         self._discard(list(self._held))
+        for end in self._channel:
+            end.close()
+        if self._log is not None:
+            self._log.close()
+
+
+def _throw_away(theirs: socket.socket) -> None:
+    """What was meant for a server that did not come to read it."""
+    theirs.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            theirs.recv(1)

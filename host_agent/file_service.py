@@ -8,22 +8,15 @@ its ends is an error here, but one that does not stay up is said in every row of
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
-import shlex
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import trio
 
-from host_agent import agentlog, mounts
+from host_agent import agentlog, file_server_process, mounts
 from host_agent.client import hello
 from host_agent.descriptor_store import DescriptorStore
 from host_agent.fileserver.control import (
@@ -32,13 +25,13 @@ from host_agent.fileserver.control import (
     ServeShares,
     SharedFolder,
     SharesChanged,
-    ShareStage,
     ShareState,
     ShareStates,
 )
 from host_agent.groups import collapsed
+from host_agent.mount_rows import LOGS_HINT, row
 from host_agent.paths import Home, InstancePaths
-from host_agent.process import ProcessIdentity, describe_exit
+from host_agent.process import describe_exit
 from protocol.api import Mount, Mounts, MountSpec, MountState
 from protocol.errors import AgentctlProtocolError, LinkClosed
 from protocol.link import Link, Service
@@ -56,96 +49,17 @@ SOUND_LIFE = 10.0
 #: Short lives in a row after which it is said that it does not stay up.
 MANY_FAILURES = 3
 
-#: How long it may take to end when its control socket has ended, and to die when it is killed, seconds.
-END_TIME = 5.0
-
 #: How long whoever asks for the mounts waits for what the file server says of them, seconds.
 ANSWER_TIME = 2.0
 
 #: How long whoever adds a mount waits for the guest to mount it, seconds.
 SETTLE_TIME = 10.0
 
-#: Characters of an explanation in a row: MAX_MOUNTS rows with their paths fit into one frame.
-MAX_WORDS = 512
-
-PROGRAM: Final = (sys.executable, "-m", "host_agent.fileserver")
-
-LOGS_HINT = "see: agentctl logs --component files"
-
-_OF_HOST = {
-    ShareStage.MISSING: MountState.MISSING,
-    ShareStage.DENIED: MountState.DENIED,
-    ShareStage.NOT_A_DIRECTORY: MountState.NOT_A_DIRECTORY,
-    ShareStage.FULL: MountState.FULL,
-}
-_OF_GUEST = {
-    GuestStage.WAITING: MountState.WAITING,
-    GuestStage.MOUNTED: MountState.MOUNTED,
-    GuestStage.FAILED: MountState.FAILED,
-}
-
-#: Of these it matters more that it is not the folder which the user thinks of.
-_OF_THE_FOLDER = (MountState.MOUNTED, MountState.MISSING, MountState.DENIED, MountState.NOT_A_DIRECTORY)
-
-#: What a state means where nobody says it better; {} is the folder on the host.
-_MEANING = {
-    MountState.MOUNTED: ("", ""),
-    MountState.WAITING: ("the VM has not mounted it yet", ""),
-    MountState.MISSING: ("{} is missing on the host", "once it is there again, so is the mount"),
-    MountState.DENIED: ("the host does not let you into {}", "see: ls -ld {}"),
-    MountState.NOT_A_DIRECTORY: ("{} is not a folder any more", "see: ls -ld {}"),
-    MountState.FULL: ("the host's disk is full at {}", "make room: df -h {}"),
-    MountState.FAILED: ("the VM could not mount it", "see: agentctl logs --component guest"),
-}
-
 
 class Say(Protocol):
     """``EventLog.say``."""
 
     def __call__(self, kind: str, message: str, **fields: str) -> None: ...
-
-
-def row(
-    spec: MountSpec,
-    known: ShareState | None,
-    trouble: str = "",
-    *,
-    connected: bool = True,
-    strayed: str = "",
-) -> Mount:
-    """A mount as the user is told of it. ``known`` is None while there is no file server to ask; ``strayed`` is the
-    folder that its path on the host means now if that is not the one which is mounted.
-    """
-    if known is None:
-        if trouble:
-            return Mount(spec, MountState.FAILED, trouble[:MAX_WORDS], LOGS_HINT)
-        return Mount(spec, MountState.WAITING, "the file server is being started")
-    state = _OF_HOST.get(known.stage) or _OF_GUEST[known.guest]
-    reason, hint = (words.replace("{}", spec.host_path) for words in _MEANING[state])
-    if known.reason:
-        reason, hint = known.reason.removesuffix("."), known.hint.removesuffix(".")
-    if state is MountState.MOUNTED and not connected:
-        state, reason, hint = MountState.WAITING, "the VM's files agent does not answer just now", ""
-    if strayed and state in _OF_THE_FOLDER:
-        reason = f"{spec.host_path} has come to mean {strayed}; what the VM was given is {spec.real_path}"
-        hint = f"if the VM is to see {strayed}: agentctl up {_flag(spec)} (and the others)"
-    return Mount(
-        spec,
-        state,
-        reason[:MAX_WORDS],
-        hint[:MAX_WORDS],
-        nodes=known.nodes,
-        descriptors=known.descriptors,
-        lost=known.lost,
-        calls=known.calls,
-        clock_skew_ms=known.clock_skew_ms,
-    )
-
-
-def _flag(spec: MountSpec) -> str:
-    """What asks for this mount again."""
-    options = (":ro" if spec.read_only else "") + (",locks=host" if spec.host_locks else "")
-    return f"--mount {shlex.quote(f'{spec.host_path}:{spec.guest_path}{options}')}"
 
 
 class FileService:
@@ -158,8 +72,10 @@ class FileService:
         specs: Sequence[MountSpec],
         say: Say,
         remember: Callable[[tuple[MountSpec, ...]], None],
-        program: Sequence[str] = PROGRAM,
+        program: Sequence[str] = file_server_process.PROGRAM,
+        store: Sequence[int] = (),
     ) -> None:
+        """``store`` are the keeper's sockets for the descriptor store."""
         self._specs = mounts.resolved(specs)
         self._log = paths.files_log
         self._identity = paths.files_identity
@@ -168,9 +84,11 @@ class FileService:
         self._argv = [
             *program,
             *("--guest-socket", str(paths.files_socket)),
+            *("--instance", str(paths.directory)),
             *("--journal", str(paths.files_journal)),
             *(f"--hide={folder}" for folder in _private_folders(home)),
         ]
+        self._store = store
         self._strayed: dict[str, str] = {}
         self._looking = trio.CapacityLimiter(1)
         if [spec.real_path for spec in self._specs] != [spec.real_path for spec in specs]:
@@ -269,7 +187,7 @@ class FileService:
         """Serve until cancelled; then the process has ended."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(agentlog.keep_bounded, self._log)
-            with closing(DescriptorStore()) as store:
+            with closing(DescriptorStore(inherited=self._store)) as store:
                 await self._live_again_and_again(store)
 
     async def _live_again_and_again(self, store: DescriptorStore) -> None:
@@ -293,10 +211,10 @@ class FileService:
         """One process, to its end; how it ended, in a clause."""
         process: trio.Process | None = None
         try:
-            await _end_predecessor(self._identity)
+            await file_server_process.end_predecessor(self._identity)
             with collapsed(), store.opened() as (ours, theirs):
-                async with _started(self._argv, self._log, theirs) as (process, control):
-                    self._record(process.pid)
+                async with file_server_process.started(self._argv, self._log, theirs) as (process, control):
+                    file_server_process.record(process.pid, self._identity)
                     self.pid = process.pid
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(store.follow, ours)
@@ -309,13 +227,6 @@ class FileService:
         finally:
             self.pid = 0
         raise AssertionError("a file server does not end in good order by itself")
-
-    def _record(self, pid: int) -> None:
-        """For whoever comes after us. A full disk must not be what keeps the folders away: it is only logged."""
-        try:
-            ProcessIdentity.of_child(pid).write(self._identity)
-        except OSError as error:
-            logger.error("which process the file server is could not be saved: %s", error)
 
     async def _talk(self, control: trio.abc.Stream) -> None:
         """Tell it what to serve, and hear how that goes. Raises ``AgentctlProtocolError`` when it has gone."""
@@ -391,74 +302,6 @@ def _private_folders(home: Home) -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-async def _end_predecessor(identity: Path) -> None:
-    """Wait for the file server of a host agent that was killed: two must not write one journal.
-
-    It sees its control socket end, as ours would. Raises ``OSError`` if it cannot be ended.
-    """
-    predecessor = ProcessIdentity.read(identity)
-    if predecessor is None:
-        return
-    with trio.move_on_after(END_TIME):
-        await predecessor.wait()
-        return
-    predecessor.send_signal(signal.SIGKILL)
-    with trio.move_on_after(END_TIME):
-        await predecessor.wait()
-        return
-    raise OSError(errno.EBUSY, f"the one before it, pid {predecessor.pid}, does not end")
-
-
 async def _until_over(link: Link, task_status: trio.TaskStatus[Link]) -> None:
     await link.run(task_status)
     raise LinkClosed("the file server has ended")
-
-
-@asynccontextmanager
-async def _started(
-    argv: Sequence[str], log: Path, store: socket.socket
-) -> AsyncIterator[tuple[trio.Process, trio.SocketStream]]:
-    """The process, which is given ``store``, and our end of its control socket. At the end it is told to end, and
-    killed if it does not.
-
-    Raises ``OSError`` if it cannot be started.
-    """
-    ours, theirs = socket.socketpair()
-    control = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-    async with control:
-        with theirs, store:
-            process = await _open(argv, log, theirs.fileno(), store.fileno())
-        try:
-            yield process, control
-        finally:
-            with trio.CancelScope(shield=True):
-                await control.aclose()
-                await _end(process)
-
-
-async def _open(argv: Sequence[str], log: Path, control: int, store: int) -> trio.Process:
-    # O_APPEND: when the log grew too large and is emptied, it goes on at its start.
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        return await trio.lowlevel.open_process(
-            [*argv, "--control-fd", str(control), "--store-fd", str(store)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            pass_fds=[control, store],
-            cwd="/",
-        )
-    finally:
-        os.close(output)
-
-
-async def _end(process: trio.Process) -> None:
-    with trio.move_on_after(END_TIME):
-        await process.wait()
-        return
-    process.kill()
-    with trio.move_on_after(END_TIME):
-        await process.wait()
-        return
-    # It waits for a disk that does not answer, where no signal reaches it.
-    logger.error("the file server, pid %d, cannot be ended", process.pid)

@@ -1,11 +1,14 @@
 """The keeper: a process of an instance that does one thing, start its host agent again when it dies.
 
-    python -m host_agent.keeper DIRECTORY [--adopt PID --lock-fd FD --alive-fd FD]
+    python -m host_agent.keeper DIRECTORY --lock-fd FD [--adopt PID --alive-fd FD --store-fds FD,FD,FD,FD]
 
 The law: it knows nothing of VMs, ports or Docker, so that there is next to nothing in it that could
 fail. It and the host agent watch each other: the agent holds the read end of a pipe whose write end
 dies with the keeper, and starts a new keeper that adopts it. Both hold the instance's lock (one open
 file description), so the instance counts as alive as long as either does.
+
+What the files plane must not lose with a host agent (``descriptor_store``) is in the queues of sockets that the
+keeper makes, has open and never looks at; keeper and host agent give them to each successor of the other.
 
 QEMU, the host agent's child, becomes the keeper's when the agent dies (it is a subreaper), which only
 reaps it: the next host agent finds it by its recorded identity.
@@ -19,9 +22,11 @@ import ctypes
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from host_agent import state
@@ -38,17 +43,27 @@ FIRST_DELAY = 0.05
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def spawn(paths: InstancePaths, lock: int, *, adopt: int | None = None, alive: int | None = None) -> None:
+def spawn(
+    paths: InstancePaths,
+    lock: int,
+    *,
+    adopt: int | None = None,
+    alive: int | None = None,
+    store: Sequence[int] = (),
+) -> None:
     """Start a keeper in a session of its own, which outlives us. It holds ``lock`` (a descriptor).
 
     With ``adopt`` it watches over that running host agent, ``alive`` being the write end of the pipe
-    that tells the agent that its keeper lives.
+    that tells the agent that its keeper lives, and ``store`` what the agent had from the keeper before.
     """
     command = [sys.executable, "-m", "host_agent.keeper", str(paths.directory), "--lock-fd", str(lock)]
     descriptors = [lock]
     if adopt is not None and alive is not None:
         command += ["--adopt", str(adopt), "--alive-fd", str(alive)]
         descriptors.append(alive)
+    if store:
+        command += ["--store-fds", written(store)]
+        descriptors += store
     with paths.agent_log.open("ab") as log:
         # Two generations: the keeper is nobody's child, so nobody has to reap it. The session is the
         # keeper's own, so a ^C in the terminal of `up` does not reach it.
@@ -72,6 +87,24 @@ if os.fork() == 0:
 """
 
 
+def written(descriptors: Sequence[int]) -> str:
+    """Descriptors as a word of a command line."""
+    return ",".join(map(str, descriptors))
+
+
+def read(word: str) -> list[int]:
+    """The descriptors of such a word."""
+    return [int(number) for number in word.split(",") if number]
+
+
+def make_store() -> list[int]:
+    """Two socket pairs, as ``descriptor_store`` uses them; none where they could not be used."""
+    if sys.platform != "linux":
+        return []
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    return [end.detach() for pair in pairs for end in pair]
+
+
 def _environment() -> dict[str, str]:
     """Ours, with the packages found where we found them (a checkout that is not installed, too)."""
     environment = dict(os.environ)
@@ -84,9 +117,10 @@ def _environment() -> dict[str, str]:
 class Keeper:
     """Keeps one host agent running until it is no longer wanted."""
 
-    def __init__(self, paths: InstancePaths, lock: int) -> None:
+    def __init__(self, paths: InstancePaths, lock: int, store: Sequence[int] = ()) -> None:
         self._paths = paths
         self._lock = lock
+        self._store = store
         self._starts: list[float] = []
 
     def run(self, adopted: int | None = None, alive: int | None = None) -> int:
@@ -111,7 +145,9 @@ class Keeper:
         reader, writer = os.pipe()
         command = [sys.executable, "-m", "host_agent.daemon", str(self._paths.directory)]
         command += ["--lock-fd", str(self._lock), "--keeper-fd", str(reader)]
-        agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[self._lock, reader])
+        command += ["--store-fds", written(self._store)]
+        inherited = [self._lock, reader, *self._store]
+        agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
         os.close(reader)
         try:
             # Told to subprocess, too, which would otherwise go on waiting for this pid, whoever has it then.
@@ -179,11 +215,13 @@ def main() -> int:
     parser.add_argument("--lock-fd", type=int, required=True)
     parser.add_argument("--adopt", type=int)
     parser.add_argument("--alive-fd", type=int)
+    parser.add_argument("--store-fds", type=read)
     arguments = parser.parse_args()
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     become_subreaper()
-    keeper = Keeper(InstancePaths(arguments.directory), arguments.lock_fd)
+    store = make_store() if arguments.store_fds is None else arguments.store_fds
+    keeper = Keeper(InstancePaths(arguments.directory), arguments.lock_fd, store)
     return keeper.run(arguments.adopt, arguments.alive_fd)
 
 

@@ -1,4 +1,4 @@
-"""Which folders of the host the VM sees, and where: the words of ``--mount``, and the rules of the list.
+"""Which folders of the host the VM sees, and where: the rules of the list (``--mount``'s words: ``mount_words``).
 
 The laws: a mount hides nothing that the VM itself needs, and no two are at the same place; what a user chose
 is not widened without being said. A path of the guest is compared as it is written, a path of the host by
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from host_agent.errors import ExitCode, UserError
+from host_agent.mount_words import Words, parse
 from protocol.api import MountSpec
 
 Resolve = Callable[[str], str]
@@ -34,21 +35,8 @@ NONE = "none"
 
 #: Of the VM, with everything below: what it runs on, what Docker keeps, what the kernel shows.
 _WHOLLY_ITS_OWN = (
-    *(
-        "/bin",
-        "/boot",
-        "/dev",
-        "/etc",
-        "/lib",
-        "/lib32",
-        "/lib64",
-        "/libx32",
-        "/proc",
-        "/run",
-        "/sbin",
-        "/sys",
-    ),
-    *("/usr", "/var/lib/agentctl", "/var/lib/containerd", "/var/lib/docker", "/var/lib/dpkg"),
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/run", "/sbin"),
+    *("/sys", "/usr", "/var/lib/agentctl", "/var/lib/containerd", "/var/lib/docker", "/var/lib/dpkg"),
     *("/var/lib/systemd", "/var/lock", "/var/run"),
 )
 
@@ -62,69 +50,6 @@ _GUEST_HOME = re.compile(r"/home/[^/]+\.guest")
 
 #: Not files but the kernel. The memory of the very process that serves them is one of these.
 _OF_THE_KERNEL = ("/dev", "/proc", "/sys")
-
-_SYNTAX = "write it as PATH[:GUESTPATH][:ro|:rw][,locks=host]"
-
-
-# --- words -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """One ``--mount`` as it was written; without a ``guest_path`` it is for the folder to say."""
-
-    host_path: str
-    guest_path: str = ""
-    read_only: bool = False
-    host_locks: bool = False
-
-
-def parse(text: str) -> Words:
-    """``PATH[:GUESTPATH][:ro|:rw][,locks=host]``. Raises ``UserError`` (USAGE)."""
-    segments, options = _split(text)
-    host_path, *rest = segments
-    if not host_path:
-        raise _refused(f"there is no folder in --mount {text!r}", _SYNTAX)
-    for word in rest:
-        if not word.startswith("/"):
-            raise _refused(
-                f"in --mount {text!r}, {word!r} is neither a place in the VM (these begin with /) nor an option",
-                f"{_SYNTAX}; of a folder with a colon in its name, mount the one that it is in",
-            )
-    if len(rest) > 1:
-        raise _refused(f"--mount {text!r} names more than one place in the VM", _SYNTAX)
-    read_only, host_locks = _options(text, options)
-    return Words(host_path, rest[0] if rest else "", read_only, host_locks)
-
-
-def _split(text: str) -> tuple[list[str], list[str]]:
-    """What stands between the colons, and the options after the last colon or comma."""
-    *segments, last = text.split(":")
-    words = last.split(",")
-    if segments and (words[0] in ("ro", "rw") or words[0].startswith("locks=")):
-        return segments, words
-    options: list[str] = []
-    while len(words) > 1 and words[-1].startswith("locks="):
-        options.append(words.pop())
-    return [*segments, ",".join(words)], options
-
-
-def _options(text: str, options: Iterable[str]) -> tuple[bool, bool]:
-    """Read-only, and locks of the host."""
-    chosen: dict[str, bool] = {}
-    meanings = {
-        "ro": ("access", True),
-        "rw": ("access", False),
-        "locks=host": ("locks", True),
-        "locks=guest": ("locks", False),
-    }
-    for option in options:
-        if option not in meanings:
-            raise _refused(f"in --mount {text!r}, {option!r} is not an option", _SYNTAX)
-        what, value = meanings[option]
-        if chosen.setdefault(what, value) is not value:
-            raise _refused(f"--mount {text!r} contradicts itself", _SYNTAX)
-    return chosen.get("access", False), chosen.get("locks", False)
 
 
 # --- rules -----------------------------------------------------------------------------------------

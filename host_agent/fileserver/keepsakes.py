@@ -96,17 +96,18 @@ class Message:
     lost: list[Name]
 
 
-def receive(channel: socket.socket) -> Message | None:
-    """The next message; None at the end. Raises ``BlockingIOError`` if there is none now, and ``OSError``: EBADMSG
-    for what is no message."""
+def receive(channel: socket.socket, flags: int = 0) -> Message | None:
+    """The next message; None at the end. It is taken out of the queue unless ``flags`` has ``MSG_PEEK``.
+
+    Raises ``BlockingIOError`` if there is none now, and ``OSError``: EBADMSG for what is no message.
+    """
     fds = array.array("i")
-    room = socket.CMSG_SPACE(MAX_AT_ONCE * fds.itemsize)
+    room, flags = socket.CMSG_SPACE(MAX_AT_ONCE * fds.itemsize), flags | socket.MSG_CMSG_CLOEXEC
     try:
-        received = channel.recvmsg(_MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
-    except (
-        ConnectionResetError
-    ):  # said once if the other end died before it had read everything; what it sent is there
-        received = channel.recvmsg(_MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+        received = channel.recvmsg(_MAX_MESSAGE, room, flags)
+    except ConnectionResetError:
+        # Said once if the other end died before it had read everything; what it sent is there.
+        received = channel.recvmsg(_MAX_MESSAGE, room, flags)
     data, ancillary, _, _ = received
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -196,7 +196,7 @@ def test_random_operations_in_the_guest(vm: Instance, project: Path, request: py
     in_guest(vm, project, "fsx.py", str(project), "--operations", str(count))
 
 
-@pytest.mark.parametrize("victim", ["file server", "files agent"])
+@pytest.mark.parametrize("victim", ["file server", "files agent", "host agent"])
 def test_writes_survive_a_killed_agent(vm: Instance, image: str, project: Path, victim: str) -> None:
     """Containers keep writing; what was reported as written is there, once and in order."""
     names = [f"writer{number}" for number in range(WRITERS)]
@@ -239,10 +239,36 @@ def kill(vm: Instance, victim: str) -> None:
         pid = file_server_pid(vm)
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: file_server_pid(vm) not in (0, pid))
+    elif victim == "host agent":
+        pid, server = vm.status()["agent_pid"], file_server_pid(vm)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: vm.status()["agent_pid"] not in (0, pid))
+        eventually(lambda: file_server_pid(vm) not in (0, server))
     else:
         pid = files_agent_pid(vm)
         vm.guest(f"kill -9 {pid}")
         eventually(lambda: files_agent_pid(vm) not in (0, pid))
+
+
+@pytest.mark.parametrize("victim", ["file server", "files agent", "host agent"])
+def test_a_file_without_a_name_survives_a_killed_agent(
+    vm: Instance, image: str, project: Path, victim: str
+) -> None:
+    """A container has it open, and nobody else anything of it."""
+    script = (
+        "echo before >/src/file; exec 3</src/file 4>>/src/file; rm /src/file; touch /src/ready;"
+        " while [ ! -e /src/go ]; do sleep 0.2; done; echo after >&4 && cat <&3"
+    )
+    vm.docker("run", "-d", "--name", "nameless", "-v", f"{project}:/src", image, "/bin/sh", "-c", script)
+    try:
+        eventually((project / "ready").exists)
+        kill(vm, victim)
+        (project / "go").touch()
+        assert vm.docker("wait", "nameless") == "0", vm.docker("logs", "nameless")
+        assert vm.docker("logs", "nameless") == "before\nafter"
+        assert not (project / "file").exists()
+    finally:
+        vm.docker("rm", "-f", "nameless")
 
 
 def test_the_working_directory_is_shared_if_nothing_else_shares_it(vm: Instance, image: str) -> None:
@@ -290,6 +316,8 @@ def test_a_share_that_is_read_only_and_one_whose_locks_reach_the_host(vm: Instan
     vm.guest("systemd-run --unit=holder -q flock /mnt/locks/lock sleep 600")
     held = ["flock", "--nonblock", str(locked / "lock"), "true"]
     eventually(lambda: subprocess.run(held).returncode == 1)
+    kill(vm, "host agent")
+    assert subprocess.run(held).returncode == 1, "it is held whoever of ours is killed"
     vm.guest("systemctl kill -s KILL holder")
     eventually(lambda: subprocess.run(held).returncode == 0)
     # And the other way round.

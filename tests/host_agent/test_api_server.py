@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from host_agent import api_server, cli, file_service, mounts, state, up
+from host_agent import api_server, cli, mount_rows, mounts, state, up
 from host_agent.api_server import Answers, ApiServer
 from host_agent.client import all_forwards, connected, hello
 from host_agent.config import InstanceConfig, Wishes
@@ -193,7 +193,7 @@ async def test_a_mount_that_cannot_be_is_told_why(
 
 async def test_the_longest_table_of_mounts_fits_into_an_answer(instance: InstancePaths) -> None:
     path = "/" + "p" * (mounts.MAX_PATH - 1)
-    words = "\U0001f600" * file_service.MAX_WORDS
+    words = "\U0001f600" * mount_rows.MAX_WORDS
     spec = MountSpec(path, path, real_path=path)
     row = Mount(spec, MountState.FAILED, words, words, 1 << 60, 1 << 60, 1 << 60, 1 << 60)
     async with served(instance) as running, connected(instance) as link:

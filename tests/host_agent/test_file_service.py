@@ -1,4 +1,4 @@
-"""The file server's life, with a process of the tests' own in its place; and what a user is told of a mount."""
+"""The file server's life, with a process of the tests' own in its place."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from host_agent import file_service, mounts
+from host_agent import file_server_process, file_service, mounts
 from host_agent.errors import UserError
-from host_agent.file_service import FileService, row
-from host_agent.fileserver.control import GuestStage, ShareStage, ShareState
+from host_agent.file_service import FileService
 from host_agent.paths import Home, InstancePaths
 from host_agent.process import ProcessIdentity
-from protocol.api import Mount, MountSpec, MountState
+from protocol.api import MountSpec, MountState
 
 HOME = MountSpec("/home/me", "/home/me", real_path="/home/me")
 DATA = MountSpec("/srv/data", "/data", read_only=True, host_locks=True, real_path="/disk/data")
@@ -173,8 +172,9 @@ async def test_it_is_told_what_to_serve_and_its_answer_is_shown(
             ]
         ]
         argv = json.loads((it.folder / "argv").read_text())
-        assert argv[:4] == [
+        assert argv[:6] == [
             *("--guest-socket", str(instance.files_socket)),
+            *("--instance", str(instance.directory)),
             *("--journal", str(instance.files_journal)),
         ]
         assert f"--hide={instance.directory.parent.parent}" in argv
@@ -357,7 +357,7 @@ async def test_one_that_cannot_be_started_is_tried_again(instance: InstancePaths
 async def test_one_that_does_not_end_is_killed(
     instance: InstancePaths, stand_in: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_service, "END_TIME", 0.3)
+    monkeypatch.setattr(file_server_process, "END_TIME", 0.3)
     async with served(instance, stand_in("deaf"), HOME) as it:
         await until(lambda: it.states() == [MountState.MOUNTED])
         pid = it.service.pid
@@ -368,7 +368,7 @@ async def test_two_never_run_at_once(
     instance: InstancePaths, stand_in: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host agent before this one was killed, and its file server is still about to end."""
-    monkeypatch.setattr(file_service, "END_TIME", 0.3)
+    monkeypatch.setattr(file_server_process, "END_TIME", 0.3)
     left = await trio.lowlevel.open_process(["sleep", "1000"])
     ProcessIdentity.of_child(left.pid).write(instance.files_identity)
     async with served(instance, stand_in("sound"), HOME) as it:
@@ -442,67 +442,3 @@ async def test_a_mount_that_cannot_be_added_changes_nothing(
         assert it.service.specs == (HOME,)
         assert it.diary.remembered == []
         assert len(it.requests()) == 1
-
-
-# --- what a user is told ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stage", "guest", "state", "reason", "hint"),
-    [
-        (ShareStage.SERVING, GuestStage.MOUNTED, MountState.MOUNTED, "", ""),
-        (ShareStage.SERVING, GuestStage.WAITING, MountState.WAITING, "the VM has not mounted it yet", ""),
-        (ShareStage.SERVING, GuestStage.FAILED, MountState.FAILED, "the VM could not mount it", "guest"),
-        (
-            ShareStage.MISSING,
-            GuestStage.MOUNTED,
-            MountState.MISSING,
-            "/home/{} is missing on the host",
-            "again",
-        ),
-        (
-            ShareStage.DENIED,
-            GuestStage.MOUNTED,
-            MountState.DENIED,
-            "does not let you into",
-            "ls -ld /home/{}",
-        ),
-        (ShareStage.NOT_A_DIRECTORY, GuestStage.WAITING, MountState.NOT_A_DIRECTORY, "not a folder", "ls"),
-        (ShareStage.FULL, GuestStage.MOUNTED, MountState.FULL, "disk is full", "df -h /home/{}"),
-    ],
-)
-def test_every_state_is_explained(
-    stage: ShareStage, guest: GuestStage, state: MountState, reason: str, hint: str
-) -> None:
-    shown = row(MountSpec("/home/{}", "/home/x"), ShareState(1, stage, guest))
-    assert shown.state is state
-    assert reason in shown.reason
-    assert bool(shown.reason) == bool(reason)
-    assert hint in shown.hint
-
-
-def test_who_knows_better_is_believed_and_cut() -> None:
-    known = ShareState(1, ShareStage.DENIED, GuestStage.MOUNTED, "r" * 9999, "h" * 9999, 1, 2, 3, 4, -5)
-    words = file_service.MAX_WORDS
-    assert row(HOME, known) == Mount(HOME, MountState.DENIED, "r" * words, "h" * words, 1, 2, 3, 4, -5)
-    late = ShareState(1, ShareStage.SERVING, GuestStage.MOUNTED, "The clock is off.", "Beware.")
-    assert row(HOME, late) == Mount(HOME, MountState.MOUNTED, "The clock is off", "Beware")
-
-
-@pytest.mark.parametrize("stage", [ShareStage.SERVING, ShareStage.MISSING, ShareStage.NOT_A_DIRECTORY])
-def test_a_path_that_means_another_folder_now_is_said(stage: ShareStage) -> None:
-    known = ShareState(1, stage, GuestStage.MOUNTED, "Something else.", "Do it.")
-    shown = row(DATA, known, strayed="/new")
-    assert shown.reason == "/srv/data has come to mean /new; what the VM was given is /disk/data"
-    assert shown.hint == (
-        "if the VM is to see /new: agentctl up --mount /srv/data:/data:ro,locks=host (and the others)"
-    )
-    full = ShareState(1, ShareStage.FULL, GuestStage.MOUNTED)
-    assert row(DATA, full, strayed="/new") == row(DATA, full)
-
-
-def test_without_a_session_nothing_is_mounted() -> None:
-    known = ShareState(1, ShareStage.SERVING, GuestStage.MOUNTED)
-    assert row(HOME, known, connected=False).state is MountState.WAITING
-    gone = ShareState(1, ShareStage.MISSING, GuestStage.MOUNTED)
-    assert row(HOME, gone, connected=False).state is MountState.MISSING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,11 +23,12 @@ REPOSITORY = Path(__file__).parents[2]
 # Takes the place of host_agent.daemon. It notes each start, then does what its n-th line of `script` says:
 # an exit status, `kill`, or `wait` for the file `go` and end with 0.
 AGENT = """
-import argparse, os, pathlib, select, signal, sys, time
+import argparse, os, pathlib, select, signal, socket, sys, time
 parser = argparse.ArgumentParser()
 parser.add_argument("directory", type=pathlib.Path)
 parser.add_argument("--lock-fd", type=int)
 parser.add_argument("--keeper-fd", type=int)
+parser.add_argument("--store-fds")
 arguments = parser.parse_args()
 os.fstat(arguments.lock_fd)
 directory = arguments.directory
@@ -35,6 +37,13 @@ with (directory / "starts").open("a") as starts:
 number = len((directory / "starts").read_text().splitlines())
 script = (directory / "script").read_text().split()
 action = script[min(number, len(script)) - 1]
+head, tail = (socket.socket(fileno=int(word)) for word in arguments.store_fds.split(",")[2:])
+head.setblocking(False)
+try:
+    (directory / "found").write_bytes(head.recv(100))
+except BlockingIOError:
+    pass
+tail.send(b"from start %d" % number)
 if action == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if action == "wait":
@@ -87,12 +96,13 @@ def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
 
 def keep(paths: InstancePaths) -> int:
     """Be the keeper."""
-    lock = state.try_lock(paths.lock)
+    lock, store = state.try_lock(paths.lock), keeper.make_store()
     assert lock is not None
     try:
-        return Keeper(paths, lock).run()
+        return Keeper(paths, lock, store).run()
     finally:
-        os.close(lock)
+        for descriptor in (lock, *store):
+            os.close(descriptor)
 
 
 def test_an_agent_that_ends_by_itself_is_not_started_again(
@@ -141,6 +151,19 @@ def test_it_gives_up_on_an_agent_that_keeps_dying_and_says_so(
     assert left.hint == "see: agentctl logs"
     assert ended == [instance.qemu_identity]
     assert "keeper: the host agent died 3 times in 60 s" in capfd.readouterr().err
+
+
+def test_an_agent_finds_what_the_one_before_it_has_left(
+    instance: InstancePaths, script: Callable[..., None]
+) -> None:
+    script("kill", "kill", 0)
+    assert keep(instance) == 0
+    assert (instance.directory / "found").read_bytes() == b"from start 2"
+
+
+def test_descriptors_are_a_word_of_a_command_line() -> None:
+    assert keeper.read(keeper.written([3, 14])) == [3, 14]
+    assert keeper.read(keeper.written([])) == []
 
 
 def test_deaths_long_ago_do_not_count(
@@ -245,9 +268,12 @@ def test_a_running_agent_is_adopted_and_started_again_when_it_dies(
     reader, writer = os.pipe()
     lock = state.try_lock(instance.lock)
     assert lock is not None
-    keeper.spawn(instance, lock, adopt=agent.pid, alive=writer)
-    os.close(lock)
-    os.close(writer)
+    store = keeper.make_store()
+    with socket.socket(fileno=os.dup(store[3])) as tail:
+        tail.send(b"from the adopted one")
+    keeper.spawn(instance, lock, adopt=agent.pid, alive=writer, store=store)
+    for descriptor in (lock, writer, *store):
+        os.close(descriptor)
     try:
         os.set_blocking(reader, False)
         # The adopted agent sees a living keeper: the pipe is neither readable nor at its end.
@@ -260,6 +286,8 @@ def test_a_running_agent_is_adopted_and_started_again_when_it_dies(
         until(lambda: len(starts(instance)) == 1)
         assert state.load(instance.state).agent_restarts == 1
         assert state.is_locked(instance.lock)
+        until((instance.directory / "found").exists)
+        until(lambda: (instance.directory / "found").read_bytes() == b"from the adopted one")
     finally:
         agent.kill()
         agent.wait()
