@@ -1,4 +1,4 @@
-"""quickstart and uninstall against stand-ins for apt, sudo, docker and the VM, in paths that have spaces.
+"""quickstart, bench and uninstall against stand-ins for apt, sudo, docker and the VM, in paths that have spaces.
 
 The scripts run from a copy of the checkout with a home of its own. Whatever they would do to the machine is
 done by a stand-in, which writes down what it was asked for.
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = ("quickstart", "test", "uninstall", "lib.sh")
+SCRIPTS = ("quickstart", "test", "bench", "uninstall", "lib.sh")
 IMAGE = "0123456789abcdef"
 
 # $state holds what a stand-in knows; its files are written by the tests.
@@ -81,6 +81,7 @@ esac
 PYTHON = f"""
 case "$*" in
 "-P -c import host_agent.cli") ;;
+"-m tests.bench."*) echo "$PWD" >"$state/benched-in" ;;
 "-P -m "*) echo "AGENTCTL_HOME=$AGENTCTL_HOME HOME=$HOME" >>"$state/deleted"; rm -rf "$AGENTCTL_HOME"/instances/* ;;
 *) exec "{sys.executable}" "$@" ;;
 esac
@@ -196,7 +197,7 @@ def test_bash_understands_it(name: str) -> None:
     subprocess.run(["bash", "-n", str(REPOSITORY / "provision" / name)], check=True)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "test", "uninstall"])
+@pytest.mark.parametrize("name", ["quickstart", "test", "bench", "uninstall"])
 def test_help_says_what_it_does_and_does_nothing(place: Place, name: str) -> None:
     done = place.script(name, "--help")
     assert done.returncode == 0
@@ -508,3 +509,43 @@ def test_a_virtual_environment_is_made_again_when_its_python_has_gone(prepared: 
     assert done.returncode == 9
     assert done.stdout == f"making the virtual environment {prepared.checkout}/.venv\n"
     assert not python.is_symlink()
+
+
+# --- bench -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program", "packages"),
+    [
+        ((), "tests.bench.files", "openssh-client git openssh-sftp-server qemu-system-common sshfs"),
+        (("files", "--rounds", "2"), "tests.bench.files --rounds 2", ""),
+        (("--only", "ports"), "tests.bench.files --only ports", ""),
+        (("ports", "--rounds", "2"), "tests.bench.ports --rounds 2", "openssh-client gcc libc6-dev"),
+        (
+            ("ports", "--without-vm"),
+            "tests.bench.ports --without-vm",
+            "openssh-client gcc libc6-dev openssh-server",
+        ),
+        (
+            ("ports", "--rounds", "2", "--without-vm"),
+            "tests.bench.ports --rounds 2 --without-vm",
+            "openssh-client gcc libc6-dev openssh-server",
+        ),
+        (("files", "--without-vm"), "tests.bench.files --without-vm", ""),
+    ],
+)
+def test_bench_installs_what_is_compared_and_runs_it(
+    prepared: Place, arguments: tuple[str, ...], program: str, packages: str
+) -> None:
+    done = prepared.script("bench", *arguments)
+    assert done.returncode == 0, done
+    assert prepared.calls("python -m") == [f"python -m {program}"]
+    assert (prepared.state / "benched-in").read_text() == f"{prepared.checkout}\n"
+    (install,) = prepared.calls("apt-get -y -qq -o DPkg::Lock::Timeout=300 install")
+    expected = packages or "openssh-client git openssh-sftp-server qemu-system-common sshfs"
+    assert install.endswith(f"--no-install-recommends {expected}")
+
+
+def test_benchs_words_for_its_programs_are_theirs() -> None:
+    for name in ("files", "ports"):
+        assert (REPOSITORY / "tests/bench" / name / "__main__.py").is_file()

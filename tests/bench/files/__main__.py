@@ -16,31 +16,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
-import os
-import platform
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
 from host_agent.boot import find_qemu
 from host_agent.errors import UserError
-from tests.bench.files import instance as instances
+from tests.bench import instance as instances
+from tests.bench import program
 from tests.bench.files import local, peers, report, runner, trees
 from tests.bench.files.driver import Driver
-from tests.bench.files.instance import Instance, InstanceFailed
-from tests.bench.files.machine import Devices
 from tests.bench.files.report import OURS, Report, Sample
 from tests.bench.files.runner import Peer, PeerFailed, Plan, Run
+from tests.bench.instance import Instance, InstanceFailed
+from tests.bench.machine import Devices
+from tests.bench.program import say
 
 VM_PEERS = (OURS, "sshfs", "virtiofs", "ext4")
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 VM_PROCEDURE = (
     "cold: in a mount made anew in this round (but ext4), of files not looked at since, with the guest's caches "
@@ -83,10 +77,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
-def say(message: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """What a run on one machine gave."""
@@ -102,15 +92,8 @@ class Outcome:
 @contextlib.contextmanager
 def directory(chosen: argparse.Namespace) -> Iterator[Path]:
     """The working directory. Results and downloaded packages stay in it, everything else goes."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentctl-bench"
-    path = (chosen.work or default).absolute()
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    shared = path / "share"
-    with (path / ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InstanceFailed(f"another run is at work in {path}") from None
+    with program.directory(chosen.work) as path:
+        shared = path / "share"
         shutil.rmtree(shared, ignore_errors=True)
         shared.mkdir()
         try:
@@ -128,9 +111,10 @@ def in_vm(chosen: argparse.Namespace, work: Path) -> Outcome:
     unavailable = {name: reason for name in chosen.names if (reason := peers.obstacle(name))}
     names = [name for name in chosen.names if name not in unavailable]
     shared = work / "share"
+    ssh_port = instances.free_port()
     devices = Devices(
         qemu=str(find_qemu()),
-        ssh_port=instances.free_port(),
+        ports=((ssh_port, 22),),
         virtiofsd=peers.virtiofsd(shared) if "virtiofs" in names else (),
         socket=str(work / "virtiofs.sock"),
         log=str(work / "virtiofsd.log"),
@@ -143,14 +127,14 @@ def in_vm(chosen: argparse.Namespace, work: Path) -> Outcome:
         arguments += ["--mount", f"{shared}:{peers.MOUNTS}/{OURS}"]
     say("starting the VM")
     with instances.running(work, devices, arguments) as instance:
-        return _measure_in(instance, chosen, shared, devices, names, unavailable)
+        return _measure_in(instance, chosen, shared, ssh_port, names, unavailable)
 
 
 def _measure_in(
     instance: Instance,
     chosen: argparse.Namespace,
     shared: Path,
-    devices: Devices,
+    ssh_port: int,
     names: list[str],
     unavailable: dict[str, str],
 ) -> Outcome:
@@ -158,7 +142,7 @@ def _measure_in(
     sizes = _sizes(chosen, emulated=accelerator == "tcg")
     say(f"making the files, and the peers ({accelerator})")
     trees.make(shared, names, sizes)
-    found, missing = peers.offered(instance, shared, devices.ssh_port, names)
+    found, missing = peers.offered(instance, shared, ssh_port, names)
     with contextlib.ExitStack() as stack:
         for peer in found:
             if isinstance(peer, peers.Sshfs):
@@ -167,7 +151,7 @@ def _measure_in(
         plan = Plan(chosen.rounds, chosen.workloads, peers.DATA, True, chosen.minutes * 60, chosen.patience)
         samples, late = _take(plan, found, driver)
         environment = {
-            **_host(devices.qemu),
+            **program.host(find_qemu()),
             "accelerator": accelerator,
             "guest": f"{driver.environment['kernel']}, {driver.environment['cpus']} cpus, 2 GiB",
         }
@@ -195,7 +179,7 @@ def on_host(chosen: argparse.Namespace, work: Path) -> Outcome:
             chosen.rounds, chosen.workloads, str(work / "copies"), drop=False, limit=chosen.minutes * 60
         )
         samples, late = _take(plan, found, driver)
-    return Outcome(found, unavailable, _host(None), sizes, samples, late)
+    return Outcome(found, unavailable, program.host(), sizes, samples, late)
 
 
 # --- both ------------------------------------------------------------------------------------------
@@ -213,24 +197,6 @@ def _take(plan: Plan, found: list[Peer], driver: Driver) -> tuple[list[Sample], 
         samples.append(sample)
         say(f"  {sample.workload:16} {sample.peer:9} {sample.error or f'{sample.seconds:.4f}'}")
     return samples, run.out_of_time
-
-
-def _host(qemu: str | None) -> dict[str, str]:
-    host = {
-        "host": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} cpus",
-        "agentctl": _first_line("git", "-C", str(instances.SOURCES), "describe", "--always", "--dirty"),
-    }
-    if qemu:
-        host["qemu"] = _first_line(qemu, "--version")
-    return host
-
-
-def _first_line(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _report(chosen: argparse.Namespace, outcome: Outcome, started: float) -> Report:
@@ -257,8 +223,7 @@ def main() -> int:
     chosen = parse()
     if chosen.without_vm:
         local.enter_namespace()
-    for number in SIGNALS:
-        signal.signal(number, _interrupt)
+    program.end_on_signals()
     started = time.time()
     try:
         with directory(chosen) as work:
@@ -278,13 +243,6 @@ def main() -> int:
     print(f"every sample: {path}")
     asked_for = set(chosen.names) if chosen.peers else set()
     return 0 if found.complete and not asked_for & found.unavailable.keys() else 1
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End, once: what is then cleared up has limits of time, and another ^C must not cut it short."""
-    for other in SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

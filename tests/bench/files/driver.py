@@ -6,18 +6,17 @@ leaves it in D state) is given up with its processes and another one is started;
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import selectors
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from tests.bench import processes
 from tests.bench.files.workloads import Request
 
 #: A driver makes its archive before it is ready; an emulated Python takes seconds to start.
@@ -95,25 +94,4 @@ class Driver:
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            end(process)
-
-
-def end(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
-    """End a process that leads a group of its own, and the group; one in D state is left to the kernel."""
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-        return
-
-
-def spawn(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start ``command`` in a group of its own, for ``end``; it is killed if this process is."""
-    return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], start_new_session=True, **options)
+            processes.end(process)

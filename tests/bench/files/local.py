@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from host_agent.fileserver.control import SharedFolder
-from tests.bench.files import driver as drivers
+from tests.bench import processes
 from tests.bench.files.driver import Driver
 from tests.bench.files.peers import find_sftp_server, joined
 from tests.bench.files.report import OURS
@@ -201,6 +201,6 @@ def driver(work: Path, sizes: Sizes) -> Driver:
 
     def start() -> subprocess.Popen[bytes]:
         with (work / "driver.log").open("ab") as log:
-            return drivers.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            return processes.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     return Driver(start)

@@ -25,11 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from provision import recipe as recipes
-from tests.bench.files import driver, guest_packages
-from tests.bench.files.instance import Instance, InstanceFailed
-from tests.bench.files.machine import TAG
+from tests.bench import processes, ssh
+from tests.bench.files import guest_packages
 from tests.bench.files.report import OURS
 from tests.bench.files.runner import Peer, PeerFailed
+from tests.bench.instance import Instance, InstanceFailed
+from tests.bench.machine import TAG
 
 #: On the guest's data disk: what is copied there, and ext4's own.
 DATA = "/var/lib/agentctl/bench"
@@ -38,9 +39,6 @@ MOUNT_TIMEOUT = 60.0
 
 SFTP_SERVERS = ("/usr/lib/openssh/sftp-server", "/usr/lib/ssh/sftp-server", "/usr/libexec/sftp-server")
 VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
-
-#: Lima's, where the CPU has AES instructions (QEMU's emulated one says that it has).
-CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 
 
 def find_sftp_server() -> str | None:
@@ -159,7 +157,7 @@ class Sshfs(GuestMount):
         assert server is not None
         command = f"exec sshfs :{shlex.quote(str(self._shared))} {self.point} -o passive,allow_other"
         with contextlib.ExitStack() as stack:
-            stack.enter_context(joined(self._ssh(command), [server], self._log))
+            stack.enter_context(joined(ssh.command(self._key, self._port, command), [server], self._log))
             self._wait()
             self._connection = stack.pop_all()
 
@@ -173,23 +171,6 @@ class Sshfs(GuestMount):
                 raise PeerFailed(f"sshfs did not mount; see {self._log}")
             time.sleep(0.2)
 
-    def _ssh(self, command: str) -> list[str]:
-        # fmt: off
-        return [
-            "ssh", "-F", "/dev/null", "-T",
-            "-i", str(self._key), "-p", str(self._port),
-            "-o", "IdentitiesOnly=yes",
-            "-o", "PreferredAuthentications=publickey",
-            "-o", "StrictHostKeyChecking=no",
-            "-o", "UserKnownHostsFile=/dev/null",
-            "-o", "LogLevel=ERROR",
-            "-o", "BatchMode=yes",
-            "-o", "Compression=no",
-            "-o", f"Ciphers={CIPHERS}",
-            "root@127.0.0.1", "--", command,
-        ]
-        # fmt: on
-
 
 @contextlib.contextmanager
 def joined(first: list[str], second: list[str], log: Path) -> Iterator[None]:
@@ -198,8 +179,8 @@ def joined(first: list[str], second: list[str], log: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack, log.open("ab") as errors:
         with ours, theirs:
             for command, end in ((first, ours), (second, theirs)):
-                process = driver.spawn(command, stdin=end, stdout=end, stderr=errors)
-                stack.callback(driver.end, process)
+                process = processes.spawn(command, stdin=end, stdout=end, stderr=errors)
+                stack.callback(processes.end, process)
         yield
 
 
@@ -209,7 +190,7 @@ def sshfs(instance: Instance, shared: Path, port: int) -> Sshfs:
         status = instance.guest("cat /var/lib/dpkg/status")
         packages = guest_packages.fetch(["sshfs"], recipes.load(), status, instance.directory / "packages")
         install(instance, packages)
-        key = _authorize(instance)
+        key = ssh.authorize(instance)
     except (InstanceFailed, guest_packages.PackagesUnavailable) as error:
         raise PeerFailed(f"sshfs cannot be installed in the guest: {error}") from None
     return Sshfs(instance, shared, key, port)
@@ -228,18 +209,6 @@ def install(instance: Instance, packages: list[Path]) -> None:
         "DEBIAN_FRONTEND=noninteractive dpkg --force-unsafe-io -i ./*.deb >&2; rm -r /run/bench-packages"
     )
     instance.guest(script, timeout=300, input=archive)
-
-
-def _authorize(instance: Instance) -> Path:
-    key = instance.directory / "key"
-    for path in (key, key.with_suffix(".pub")):
-        path.unlink(missing_ok=True)
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    instance.guest(
-        "umask 077; mkdir -p /etc/agentctl; chmod 755 /etc/agentctl; cat >/etc/agentctl/authorized_keys",
-        input=key.with_suffix(".pub").read_bytes(),
-    )
-    return key
 
 
 def offered(

@@ -7,13 +7,12 @@ compares two runs can trust their fields. Times are in seconds and never judged 
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-DataclassT = TypeVar("DataclassT")
+from tests.bench import records
+from tests.bench.tables import aligned, significant
 
 FORMAT = 1
 
@@ -124,38 +123,12 @@ def disagreements(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def dump(report: Report) -> str:
-    return json.dumps(dataclasses.asdict(report), indent=1) + "\n"
+    return records.dump(report)
 
 
 def load(text: str) -> Report:
     """The report that ``dump`` wrote; raises ``ValueError`` for anything else."""
-    values = json.loads(text)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"not a report of format {FORMAT}")
-    return _load(Report, values)
-
-
-def _load(kind: type[DataclassT], values: object) -> DataclassT:
-    if not isinstance(values, dict):
-        raise ValueError(f"{kind.__name__} is {values!r}")  # noqa: TRY004
-    hints = get_type_hints(kind)
-    if values.keys() != hints.keys():
-        raise ValueError(f"{kind.__name__} has other fields: {sorted(values.keys() ^ hints.keys())}")
-    return kind(**{name: _convert(hint, values[name], name) for name, hint in hints.items()})
-
-
-def _convert(hint: Any, value: object, name: str) -> object:
-    if get_origin(hint) is list and isinstance(value, list):
-        return [_convert(get_args(hint)[0], item, name) for item in value]
-    if get_origin(hint) is dict and isinstance(value, dict):
-        return {key: _convert(get_args(hint)[1], item, name) for key, item in value.items()}
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _load(hint, value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{name} is {value!r}")
-    return value
+    return records.load(Report, text, FORMAT)
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -170,7 +143,7 @@ def table(report: Report) -> str:
     for workload in report.workloads:
         times = [_seconds(cells.get((workload, peer)), report.rounds) for peer in report.peers]
         rows.append([workload, *times, *(_factor(ratios.get((workload, peer))) for peer in others)])
-    lines = _aligned(rows)
+    lines = aligned(rows)
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", *_footnotes(report)]) + "\n"
 
@@ -178,32 +151,12 @@ def table(report: Report) -> str:
 def _seconds(cell: Cell | None, rounds: int) -> str:
     if cell is None:
         return "-"
-    number = f"{'~' if cell.is_wide else ''}{_significant(cell.median)}"
+    number = f"{'~' if cell.is_wide else ''}{significant(cell.median)}"
     return number if cell.samples == rounds else f"({cell.samples}) {number}"
 
 
 def _factor(value: float | None) -> str:
-    return "-" if value is None else f"{_significant(value)}x"
-
-
-def _significant(value: float) -> str:
-    """Three digits that mean something: 12.3, 1.23, 0.123, 0.00123."""
-    if value >= 100:
-        return f"{value:.0f}"
-    if value >= 0.1:
-        return f"{value:#.3g}"
-    return f"{value:.4f}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return "-" if value is None else f"{significant(value)}x"
 
 
 def _footnotes(report: Report) -> list[str]:

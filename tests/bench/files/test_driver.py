@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.bench.files import driver
+from tests.bench import processes
 from tests.bench.files.driver import Answer, Driver
 from tests.bench.files.workloads import Request
 
@@ -31,7 +31,7 @@ class Started:
 
     def __call__(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-u", "-c", ANSWERS]
-        self.processes.append(driver.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        self.processes.append(processes.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         return self.processes[-1]
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench.files import local, report
-from tests.bench.files.instance import SOURCES, InstanceFailed
 from tests.bench.files.runner import select
+from tests.bench.instance import SOURCES, InstanceFailed
 
 # Importing a module of this name by statement would be taken for the program itself.
 bench = importlib.import_module("tests.bench.files.__main__")

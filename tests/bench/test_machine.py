@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.files.machine import Devices, is_machine, with_devices
+from tests.bench.machine import Devices, is_machine, with_devices
 
 ARGUMENTS = ["-m", "2048M", "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"]
-DEVICES = Devices("/usr/bin/qemu", 2222, ("/usr/lib/qemu/virtiofsd",), "/tmp/a,b.sock", "/tmp/log")
+DEVICES = Devices("/usr/bin/qemu", ((2222, 22),), ("/usr/lib/qemu/virtiofsd",), "/tmp/a,b.sock", "/tmp/log")
 
 
 def test_the_guest_gets_shared_memory_and_a_filesystem_device() -> None:
@@ -17,9 +17,10 @@ def test_the_guest_gets_shared_memory_and_a_filesystem_device() -> None:
     assert found[found.index("-netdev") + 1] == "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22"
 
 
-def test_without_virtiofs_only_ssh_is_added() -> None:
-    found = with_devices(ARGUMENTS, Devices("/usr/bin/qemu", 2222))
-    assert found == [*ARGUMENTS[:3], "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22", *ARGUMENTS[4:]]
+def test_without_virtiofs_only_ports_are_added() -> None:
+    found = with_devices(ARGUMENTS, Devices("/usr/bin/qemu", ((2222, 22), (8080, 80))))
+    network = "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.1:8080-:80"
+    assert found == [*ARGUMENTS[:3], network, *ARGUMENTS[4:]]
 
 
 def test_the_given_arguments_are_not_changed() -> None:

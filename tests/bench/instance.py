@@ -1,4 +1,4 @@
-"""The bench VM: an ordinary instance in a home of its own, with two devices more (``machine``).
+"""The bench VM: an ordinary instance in a home of its own, with a few devices more (``machine``).
 
 The law: nothing of the user's changes. The instance, its docker configuration and its QEMU script are in the
 bench's directory; of the user's own home only the guest image (built once, the expensive part) and the
@@ -23,10 +23,10 @@ from typing import Any
 from host_agent.boot import find_qemu
 from host_agent.errors import UserError
 from host_agent.paths import Home
-from tests.bench.files import driver
-from tests.bench.files.machine import Devices
+from tests.bench import processes
+from tests.bench.machine import Devices
 
-SOURCES = Path(__file__).resolve().parents[3]
+SOURCES = Path(__file__).resolve().parents[2]
 
 #: The first start builds the image.
 UP_TIMEOUT = 1500.0
@@ -116,7 +116,7 @@ class Instance:
         """A process of root's in the guest, with pipes for stdin and stdout."""
         arguments = [sys.executable, "-m", "host_agent", "exec", "-u", "root", *command]
         with log.open("ab") as errors:
-            return driver.spawn(
+            return processes.spawn(
                 arguments, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
             )
 

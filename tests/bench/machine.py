@@ -1,10 +1,10 @@
-"""QEMU with two devices more: run in QEMU's place, by a script of that name in front of it on PATH.
+"""QEMU with a few devices more: run in QEMU's place, by a script of that name in front of it on PATH.
 
     python machine.py CONFIGURATION QEMU-ARGUMENT...
 
 The bench VM is an ordinary instance, started by the ordinary ``agentctl up``; the product knows nothing of
 its peers. What they need is added to QEMU's command line here: shared memory and a vhost-user-fs device
-for virtiofs, and a port of the host's that leads to the guest's sshd for sshfs (Lima's own way, too).
+for virtiofs, and ports of the host's that lead into the guest (to its sshd, as Lima has it, too).
 Any other use of QEMU (its version, the probe of an accelerator) passes through unchanged.
 
 The law: virtiofsd serves one connection, so each QEMU gets one of its own. It is told to end when this
@@ -30,10 +30,11 @@ TAG = "bench"
 @dataclass(frozen=True, slots=True)
 class Devices:
     """``qemu`` is the real one. ``virtiofsd`` is the command of a daemon that is to be given a socket
-    listening at ``socket``, empty without virtiofs; its output goes to ``log``. ``ssh_port`` of localhost leads to the guest's 22."""
+    listening at ``socket``, empty without virtiofs; its output goes to ``log``. ``ports`` are pairs: a port of
+    localhost, and the guest's port that QEMU's user network lets it lead to (``hostfwd``)."""
 
     qemu: str
-    ssh_port: int
+    ports: tuple[tuple[int, int], ...] = ()
     virtiofsd: tuple[str, ...] = ()
     socket: str = ""
     log: str = os.devnull
@@ -44,7 +45,8 @@ class Devices:
     @classmethod
     def read(cls, path: Path) -> Devices:
         values = json.loads(path.read_text())
-        return cls(**{**values, "virtiofsd": tuple(values["virtiofsd"])})
+        ports = tuple((host, guest) for host, guest in values["ports"])
+        return cls(**{**values, "ports": ports, "virtiofsd": tuple(values["virtiofsd"])})
 
 
 def is_machine(arguments: Sequence[str]) -> bool:
@@ -57,7 +59,8 @@ def with_devices(arguments: Sequence[str], devices: Devices) -> list[str]:
     (https://virtio-fs.gitlab.io/howto-qemu.html)."""
     result = list(arguments)
     network = result.index("-netdev") + 1
-    result[network] += f",hostfwd=tcp:127.0.0.1:{devices.ssh_port}-:22"
+    for host, guest in devices.ports:
+        result[network] += f",hostfwd=tcp:127.0.0.1:{host}-:{guest}"
     if devices.virtiofsd:
         memory = result[result.index("-m") + 1]
         if not re.fullmatch(r"\d+M", memory):
