@@ -10,29 +10,28 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from guest_agent import dial, execute, fdstore
+from guest_agent.bulk_memory import GuestPlane, open_region
 from guest_agent.ports import PortDetector
 from guest_agent.system import System
-from guest_agent.transports import open_port
+from guest_agent.transports import OpenTransport
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.link import Link, Role, SerialChannel, Service
 from protocol.messages import Hello
-from protocol.serial import SocketPort
+from protocol.region import CONTROL
 
 log = logging.getLogger(__name__)
 
 PAUSE = 0.5
 """Seconds before a transport that broke is opened again, and after a session that never came to be
 (a host of another version asks again at once, and for ever)."""
-
-OpenTransport = Callable[[], Awaitable[trio.abc.Stream]]
 
 
 def make_hello() -> Hello:
@@ -53,6 +52,7 @@ class Agent:
         dial.register(self._service)
         execute.register(self._service, lambda: self._system.default_user)
         self._hello = make_hello()
+        self._plane = GuestPlane(CONTROL, open_region())
 
     async def serve(self, open_transport: OpenTransport) -> None:
         """Sessions for ever, over a transport that is opened again whenever it breaks."""
@@ -71,7 +71,8 @@ class Agent:
 
     async def _session(self, stream: trio.abc.Stream) -> bool:
         """One session, to its end; False if there were not even greetings."""
-        link = Link(stream, Role.GUEST, self._service, self._hello)
+        hello = self._plane.offered(self._hello)
+        link = Link(stream, Role.GUEST, self._service, hello, bulk=self._plane.bulk)
         greeted = False
         try:
             async with trio.open_nursery() as nursery:
@@ -118,17 +119,3 @@ async def run(open_transport: OpenTransport) -> None:
         agent = Agent(nursery)
         nursery.start_soon(agent.ports.run)
         await agent.serve(open_transport)
-
-
-def port_transport(path: Path) -> OpenTransport:
-    """A virtio-serial port."""
-    return lambda: open_port(path)
-
-
-def unix_transport(path: Path) -> OpenTransport:
-    """A unix socket that stands in for the port: the same bytes, without a VM."""
-
-    async def connect() -> trio.abc.Stream:
-        return SocketPort(await trio.open_unix_socket(str(path)))
-
-    return connect

@@ -10,11 +10,9 @@ if it is not an orderly one, ends no mount (``fdstore``). Sessions come and go; 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,19 +20,21 @@ from typing import Final
 import trio
 
 from guest_agent import fdstore
+from guest_agent.bulk_memory import GuestPlane, open_region
 from guest_agent.fuse.host import Host
+from guest_agent.fuse.landing import Landing
 from guest_agent.fuse.mounts import Mounts
 from guest_agent.fuse.notifier import Notifiers
-from guest_agent.transports import open_port
+from guest_agent.transports import PORTS, OpenTransport, run_agent
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, NamesGone
 from protocol.link import Hello, Link, Role, SerialChannel, Service
-from protocol.serial import SocketPort
+from protocol.region import FILES
 
 log = logging.getLogger(__name__)
 
-FILES_PORT: Final = Path("/dev/virtio-ports/org.agentctl.files")
+FILES_PORT: Final = PORTS / "org.agentctl.files"
 
 MAX_BACKLOG: Final = 256 << 20
 """Bytes waiting to be written at which the host is at fault: four times what is ever asked at once."""
@@ -45,27 +45,20 @@ PAUSE: Final = 0.5
 READY_AFTER: Final = 60.0
 """Seconds without a host after which the boot goes on all the same: what needs the shares fails by name."""
 
-USAGE: Final = """usage: python3 -m guest_agent.files [PORT | --connect-unix PATH]
-
-  PORT                 a virtio-serial port (default: /dev/virtio-ports/org.agentctl.files)
-  --connect-unix PATH  a unix socket that stands in for the port
-
-AGENTCTL_LOG=debug logs more."""
-
-OpenTransport = Callable[[], Awaitable[trio.abc.Stream]]
-
 
 class FilesAgent:
     """The mounts, and the sessions that serve them one after the other."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._host = Host()
+        self._plane = GuestPlane(FILES, open_region())
         self._notifiers = Notifiers()
-        self._mounts = Mounts(self._host, self._notifiers, nursery)
+        self._mounts = Mounts(self._host, self._notifiers, nursery, Landing(self._plane.bulk))
         self._arranged = trio.Event()
         self._hello = make_hello()
         nursery.start_soon(self._notifiers.run)
         nursery.start_soon(self._host.keep_patience)
+        nursery.start_soon(self._host.watch_the_signalled)
         self._mounts.adopt(fdstore.take())
 
     async def serve(self, open_transport: OpenTransport) -> None:
@@ -102,7 +95,8 @@ class FilesAgent:
             stream,
             Role.GUEST,
             service,
-            self._hello,
+            self._plane.offered(self._hello),
+            bulk=self._plane.bulk,
             max_payload=MAX_FILES_PAYLOAD,
             max_backlog=MAX_BACKLOG,
         )
@@ -149,32 +143,8 @@ async def run(open_transport: OpenTransport) -> None:
         nursery.cancel_scope.cancel()
 
 
-def transport_of(arguments: list[str]) -> OpenTransport:
-    """The transport that the command line asks for. Raises ``ValueError``."""
-
-    async def connect(path: str) -> trio.abc.Stream:
-        return SocketPort(await trio.open_unix_socket(path))
-
-    match arguments:
-        case []:
-            return partial(open_port, FILES_PORT)
-        case ["--connect-unix", path]:
-            return partial(connect, path)
-        case [path] if not path.startswith("-"):
-            return partial(open_port, Path(path))
-    raise ValueError(USAGE)
-
-
 def main(arguments: list[str]) -> int:
-    try:
-        open_transport = transport_of(arguments)
-    except ValueError as usage:
-        print(usage, file=sys.stderr)
-        return 2
-    level = logging.DEBUG if os.environ.get("AGENTCTL_LOG") == "debug" else logging.INFO
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    trio.run(run, open_transport)
-    return 0
+    return run_agent(arguments, "guest_agent.files", FILES_PORT, run)
 
 
 if __name__ == "__main__":

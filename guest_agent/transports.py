@@ -1,9 +1,11 @@
-"""A virtio-serial port as a trio stream.
+"""How an agent reaches its host: a virtio-serial port as a trio stream, and the command line that names it.
 
 The law: a port has no connections. While nobody holds the host's side of it, reading returns b"",
 writing EAGAIN, and both poll ready (POLLHUP); none of that is an end of file. So it is waited out,
 seldom enough to cost nothing and often enough to be there when the host is; only the port's own
 disappearance breaks the stream. Behaviour: drivers/char/virtio_console.c, port_fops_read and _write.
+
+Both agents' options are few and read by hand: importing argparse takes a tenth of a second in an emulated guest.
 """
 
 from __future__ import annotations
@@ -11,9 +13,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import trio
+
+from protocol.serial import SocketPort
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +37,18 @@ OPEN_RETRY = 0.1
 lets in one), ENOENT before udev has named it."""
 
 _OPEN_LATER = {errno.EBUSY, errno.ENOENT, errno.ENXIO, errno.ENODEV}
+
+PORTS: Final = Path("/dev/virtio-ports")
+"""Where udev names the ports."""
+
+_USAGE: Final = """usage: python3 -m {module} [PORT | --connect-unix PATH]
+
+  PORT                 a virtio-serial port (default: {port})
+  --connect-unix PATH  a unix socket that stands in for the port
+
+AGENTCTL_LOG=debug logs more."""
+
+OpenTransport = Callable[[], Awaitable[trio.abc.Stream]]
 
 
 class Backoff:
@@ -69,6 +89,16 @@ class PortStream(trio.abc.Stream):
                 raise trio.BrokenResourceError(f"the port is gone: {error}") from error
             else:
                 await self._receive_backoff.wait()
+
+    def receive_nowait(self) -> bytes | None:
+        """What has come; None if nothing has, or nobody is there, or the port is gone: ``receive_some`` knows."""
+        try:
+            return os.read(self._fd, RECEIVE_BYTES) or None
+        except OSError:
+            return None
+
+    def fileno(self) -> int:
+        return self._fd
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Hand everything to the port; waits while the host does not read or is not there."""
@@ -139,3 +169,34 @@ async def open_port(path: Path) -> PortStream:
                 log.warning("port.wait path=%s error=%s", path, error.strerror)
             waiting = True
         await trio.sleep(OPEN_RETRY)
+
+
+async def open_unix(path: Path) -> SocketPort:
+    """A unix socket that stands in for the port: the same bytes, without a VM. Raises ``OSError``."""
+    return SocketPort(await trio.open_unix_socket(path))
+
+
+def transport_of(arguments: Sequence[str], port: Path) -> OpenTransport | None:
+    """The transport that a command line asks for, ``port`` if it says nothing; None if it makes no sense."""
+    match arguments:
+        case []:
+            return partial(open_port, port)
+        case ["--connect-unix", path]:
+            return partial(open_unix, Path(path))
+        case [path] if not path.startswith("-"):
+            return partial(open_port, Path(path))
+    return None
+
+
+def run_agent(
+    arguments: Sequence[str], module: str, port: Path, run: Callable[[OpenTransport], Awaitable[None]]
+) -> int:
+    """The whole of an agent's program: ``run`` over the transport that ``arguments`` ask for; its exit status."""
+    open_transport = transport_of(arguments, port)
+    if open_transport is None:
+        print(_USAGE.format(module=module, port=port), file=sys.stderr)
+        return 2
+    level = logging.DEBUG if os.environ.get("AGENTCTL_LOG") == "debug" else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    trio.run(run, open_transport)
+    return 0

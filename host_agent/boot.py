@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from uuid import UUID
 
 import trio
 
-from host_agent import disks
+from host_agent import bulk_memory, disks
+from host_agent.bulk_memory import NOT_WANTED, NoBulkMemory
 from host_agent.config import InstanceConfig
 from host_agent.console import ConsoleEvent, ConsoleWatcher, StageReached, limits_for
 from host_agent.errors import ExitCode, UserError
@@ -19,7 +21,7 @@ from host_agent.probe import Preference, Verdict, choose, describe_qemu
 from host_agent.vm import BootFailure, RestartPolicy, VirtualMachine, VmFiles, watch_boot
 from provision.errors import ProvisionError
 from provision.image import Image
-from provision.machine import CONTROL_PORT, FILES_PORT, Arch, Machine, MachineError, SerialPort
+from provision.machine import CONTROL_PORT, FILES_PORT, Arch, BulkMemory, Machine, MachineError, SerialPort
 from provision.recipe import debian_architecture
 
 _ARCHITECTURES = {"amd64": Arch.X86_64, "arm64": Arch.AARCH64}
@@ -48,7 +50,10 @@ def vm_files(paths: InstancePaths) -> VmFiles:
 
 
 class Booter:
-    """Boots one instance. ``connected`` must be set by whoever sees the guest agent answer."""
+    """Boots one instance. ``connected`` must be set by whoever sees the guest agent answer.
+
+    ``bulk_memory`` bytes are shared with the VM that is being started, and if none are, ``bulk_reason`` says why.
+    """
 
     def __init__(
         self,
@@ -65,6 +70,8 @@ class Booter:
         self._events = events
         self.policy = RestartPolicy()
         self.verdict: Verdict | None = None
+        self.bulk_memory = 0
+        self.bulk_reason = ""
 
     async def boot(self, connected: trio.Event, started: Callable[[VirtualMachine], None]) -> VirtualMachine:
         """A VM whose guest agent is connected; ``started`` is told each QEMU as soon as it runs.
@@ -76,21 +83,38 @@ class Booter:
         verdict = await self._choose(qemu)
         self.verdict = verdict
         while True:
-            try:
-                argv = self._machine(verdict, sandbox=described.sandbox).argv(qemu)
-            except MachineError as error:
-                raise UserError(error.message, error.hint, ExitCode.USAGE) from None
-            # Disks are made afresh for a second try, too: the first may have died while writing to them.
-            await trio.to_thread.run_sync(disks.prepare, self._paths, self._image, self._config.disk)
-            _remove_sockets(self._paths)
-            self._events.say("booting", "starting the VM", accelerator=verdict.accelerator.value)
-            vm = await VirtualMachine.start(argv, vm_files(self._paths))
-            started(vm)
-            failure = await self._watch(vm, verdict, connected)
+            # Memory and disks are made afresh for a second try, too: the first may have died while writing to them.
+            with ExitStack() as until_booted:
+                bulk = await self._bulk(qemu, until_booted)
+                try:
+                    argv = self._machine(verdict, bulk, sandbox=described.sandbox).argv(qemu)
+                except MachineError as error:
+                    raise UserError(error.message, error.hint, ExitCode.USAGE) from None
+                await trio.to_thread.run_sync(disks.prepare, self._paths, self._image, self._config.disk)
+                _remove_sockets(self._paths)
+                self._events.say("booting", "starting the VM", accelerator=verdict.accelerator.value)
+                vm = await VirtualMachine.start(argv, vm_files(self._paths))
+                started(vm)
+                failure = await self._watch(vm, verdict, connected)
             if failure is None:
                 self.policy.booted()
                 return vm
             self._events.say("boot-failed", self.policy.retry(failure), reason=failure.reason)
+
+    async def _bulk(self, qemu: Path, until_booted: ExitStack) -> BulkMemory | None:
+        """Memory to share with the VM, if it is wanted and can be had."""
+        try:
+            if not self._config.bulk:
+                raise NoBulkMemory(NOT_WANTED)
+            await bulk_memory.check_device(qemu)
+            bulk = until_booted.enter_context(bulk_memory.created(self._paths))
+        except NoBulkMemory as reason:
+            self.bulk_memory, self.bulk_reason = 0, str(reason)
+            if self._config.bulk:
+                self._events.say("no-bulk", f"no memory is shared with the VM: {reason}")
+            return None
+        self.bulk_memory, self.bulk_reason = bulk.size, ""
+        return bulk
 
     async def _choose(self, qemu: Path) -> Verdict:
         self._events.say("accelerator", "finding out how fast this machine can run a VM")
@@ -116,7 +140,7 @@ class Booter:
         if isinstance(event, StageReached):
             self._events.say("boot-stage", f"guest: {event.stage.value}", stage=event.stage.value)
 
-    def _machine(self, verdict: Verdict, *, sandbox: bool) -> Machine:
+    def _machine(self, verdict: Verdict, bulk: BulkMemory | None, *, sandbox: bool) -> Machine:
         paths = self._paths
         return Machine(
             accelerator=verdict.accelerator,
@@ -131,6 +155,7 @@ class Booter:
             root=paths.root_overlay,
             agent=paths.agent_drive,
             data=paths.data_disk,
+            bulk=bulk,
             qmp=paths.qmp_socket,
             console=paths.console_log,
             serial_ports=(

@@ -30,6 +30,7 @@ def clean_up(paths: InstancePaths) -> str:
         paths.docker_socket,
         paths.root_overlay,
         paths.agent_drive,
+        paths.bulk_memory,
         paths.qemu_identity,
         paths.agent_identity,
     ):

@@ -133,6 +133,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
     help="A folder that the VM sees, at the same path or another; ,locks=host after it: its locks reach the host."
     " May be repeated.",
 )
+@click.option(
+    "--bulk/--no-bulk",
+    default=None,
+    help="Move data through memory shared with the VM, as is usual, or not, for comparison.",
+)
 @json_option
 def up(
     cpus: int | None,
@@ -140,6 +145,7 @@ def up(
     disk: int | None,
     accelerator: str | None,
     folders: tuple[str, ...],
+    bulk: bool | None,
     as_json: bool,
 ) -> None:
     """Start the VM, and wait until Docker answers.
@@ -158,7 +164,7 @@ def up(
     home = Home.find()
     chosen = mounts.chosen(folders, home.root) if folders else None
     with progress() as report:
-        wishes = Wishes(cpus, memory, disk, accelerator, chosen)
+        wishes = Wishes(cpus, memory, disk, accelerator, chosen, bulk)
         result = starting.run(home, home.instance(), wishes, report)
     if result.note:
         show.note(result.note)

@@ -59,7 +59,7 @@ class Host:
 class InstanceConfig:
     """An instance as it was asked for. Sizes in bytes; ``identity`` is a UUID, the guest's machine-id.
 
-    A file of before there were mounts means the user's home.
+    A file of before there were mounts means the user's home. ``bulk``: payloads through memory shared with the VM.
     """
 
     cpus: int
@@ -68,6 +68,7 @@ class InstanceConfig:
     accelerator: str
     identity: str
     mounts: tuple[MountSpec, ...] = field(default_factory=mounts.default)
+    bulk: bool = True
 
     @classmethod
     def default(cls, host: Host) -> InstanceConfig:
@@ -91,6 +92,7 @@ class Wishes:
     disk: int | None = None
     accelerator: str | None = None
     mounts: tuple[MountSpec, ...] | None = None
+    bulk: bool | None = None
 
     def applied(self, config: InstanceConfig) -> InstanceConfig:
         return replace(
@@ -100,6 +102,7 @@ class Wishes:
             disk=config.disk if self.disk is None else self.disk,
             accelerator=self.accelerator or config.accelerator,
             mounts=config.mounts if self.mounts is None else self.mounts,
+            bulk=config.bulk if self.bulk is None else self.bulk,
         )
 
 

@@ -1,6 +1,6 @@
 """The host agent of one instance: the process that boots its VM and makes it feel like localhost.
 
-    python -m host_agent.daemon DIRECTORY --lock-fd FD --keeper-fd FD
+    python -m host_agent.daemon DIRECTORY --lock-fd FD --keeper-fd FD [--store-fds FD,FD,FD,FD]
 
 The composition root: everything is put together here and nothing is decided here. The law: whatever the
 agent opened (listeners, sockets, QEMU) is closed in the order in which it was opened, reversed, on every
@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from host_agent import agentlog, docker_context, docker_ready, groups, guest_uni
 from host_agent import config as configuration
 from host_agent.api_server import Answers, ApiServer
 from host_agent.boot import Booter, vm_files
+from host_agent.bulk_plane import plane
 from host_agent.cleanup import clean_up, remember
 from host_agent.client import hello
 from host_agent.docker_context import Activation
@@ -58,6 +60,7 @@ from protocol.api import (
 )
 from protocol.errors import AgentctlProtocolError
 from protocol.link import Link, Service
+from protocol.region import CONTROL
 from provision import image as images
 from provision import recipe as recipes
 
@@ -89,10 +92,11 @@ _GUEST_USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 class HostAgent:
     """One run of an instance, from QEMU's start (or adoption) to its end."""
 
-    def __init__(self, home: Home, paths: InstancePaths, lock: int) -> None:
+    def __init__(self, home: Home, paths: InstancePaths, lock: int, store: Sequence[int] = ()) -> None:
         self._home = home
         self._paths = paths
         self._lock = lock
+        self._store = store
         self._host = configuration.Host.measure()
         self._config = configuration.load(paths.config, self._host)
         self._recipe = recipes.load()
@@ -115,9 +119,12 @@ class HostAgent:
             service,
             on_up=self._guest_up,
             on_down=self._guest_down,
+            bulk=plane(CONTROL, paths),
         )
-        self._forwards = ForwardRunner(self._guest.dial, self._events.publish)
-        self._files = FileService(home, paths, self._config.mounts, self._events.say, self._remember_mounts)
+        self._forwards = ForwardRunner(self._guest.dial, self._events.publish, dial_now=self._guest.dial_now)
+        self._files = FileService(
+            home, paths, self._config.mounts, self._events.say, self._remember_mounts, store=store
+        )
         answers = Answers(
             status=self.status,
             forwards=lambda: Forwards(self._forwards.rows()),
@@ -197,6 +204,8 @@ class HostAgent:
                 accelerator=booter.verdict.accelerator.value,
                 accelerator_reason=booter.verdict.reason,
                 boot_restarts=booter.policy.restarts,
+                bulk_memory=booter.bulk_memory,
+                bulk_reason=booter.bulk_reason,
             )
 
         return await booter.boot(self._connected, started)
@@ -387,6 +396,7 @@ class HostAgent:
         current = state.load(self._paths.state)
         link = self._guest.current
         rows = self._files.current().mounts
+        bulk_memory, bulk_reason = self._bulk(current)
         return InstanceStatus(
             name=self._paths.name,
             stage=self._stage,
@@ -414,7 +424,16 @@ class HostAgent:
             mounts_working=sum(row.state is MountState.MOUNTED for row in rows),
             file_server_pid=self._files.pid,
             file_server_restarts=self._files.restarts,
+            bulk_memory=bulk_memory,
+            bulk_reason=bulk_reason,
         )
+
+    def _bulk(self, current: state.InstanceState) -> tuple[int, str]:
+        """Bytes of memory that payloads go through, and in a clause why there are none."""
+        link = self._guest.current
+        if current.bulk_memory and link is not None and not link.bulk.active:
+            return 0, "the guest does not offer the memory that it was given"
+        return current.bulk_memory, current.bulk_reason
 
     def _remember_mounts(self, specs: tuple[MountSpec, ...]) -> None:
         self._config = replace(self._config, mounts=specs)
@@ -430,7 +449,9 @@ class HostAgent:
             pipe, writer = os.pipe()
             self._events.say("keeper", "the keeper died; starting another")
             await trio.to_thread.run_sync(
-                partial(keeper.spawn, self._paths, self._lock, adopt=os.getpid(), alive=writer)
+                partial(
+                    keeper.spawn, self._paths, self._lock, adopt=os.getpid(), alive=writer, store=self._store
+                )
             )
             os.close(writer)
 
@@ -463,6 +484,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--lock-fd", type=int, required=True)
     parser.add_argument("--keeper-fd", type=int, required=True)
+    parser.add_argument("--store-fds", type=keeper.read, default=())
     arguments = parser.parse_args()
     raise_descriptor_limit()
     os.umask(0o077)
@@ -471,7 +493,7 @@ def main() -> int:
     if identity := ProcessIdentity.of(os.getpid()):
         identity.write(paths.agent_identity)
     home = Home(arguments.directory.parent.parent)
-    agent = HostAgent(home, paths, arguments.lock_fd)
+    agent = HostAgent(home, paths, arguments.lock_fd, arguments.store_fds)
     groups.run(agent.run, arguments.keeper_fd)
     return 0
 

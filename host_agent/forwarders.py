@@ -24,12 +24,17 @@ import trio
 from host_agent.errors import UserError
 from host_agent.forwards import Change, ClosePort, Effect, ForwardTable, OpenPort
 from protocol.api import Event, Forward, Listeners, Target
-from protocol.errors import AgentctlProtocolError, ErrorCode, OpenRefused
-from protocol.splice import abort, splice
+from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, OpenRefused
+from protocol.link import OnOpened
+from protocol.muxstream import MuxStream
+from protocol.pump import Pump, detached, pump
+from protocol.splice import Spliced, abort, splice
 
 # Opens a stream to a target in the guest. Raises OpenRefused or LinkError; whether it waits for a link that
 # is just being re-established, and for how long, is its own business.
 Dial = Callable[[Target], Awaitable[trio.abc.HalfCloseableStream]]
+# The same for who cannot wait: tells how it went, or returns False.
+DialNow = Callable[[Target, OnOpened], bool]
 # What to dial for the next connection, best first.
 Targets = Callable[[], Sequence[Target]]
 Listen = Callable[[int], list[trio.SocketListener]]
@@ -107,8 +112,33 @@ def listen_unix(path: Path) -> trio.SocketListener:
     return _listener(sock)
 
 
+class Connections:
+    """Those that are carried without a task of their own. To be closed at the end."""
+
+    def __init__(self) -> None:
+        self._pumps: set[Pump] = set()
+
+    def carry(self, stream: MuxStream, client: socket.socket, on_end: Callable[[], None]) -> None:
+        """Join the two, both of which this takes over; ``on_end`` is called when it is over."""
+
+        def ended(_: Spliced) -> None:
+            self._pumps.discard(carried)
+            on_end()
+
+        carried = Pump(stream, client, ended)
+        self._pumps.add(carried)
+        carried.start()
+
+    def close(self) -> None:
+        for carried in list(self._pumps):
+            carried.abort("the forwarder ends")
+
+
 class Forwarder:
-    """Accepts on some listening sockets and carries each connection to a target in the guest."""
+    """Accepts on some listening sockets and carries each connection to a target in the guest.
+
+    With ``dial_now`` no task is needed for a connection that is accepted there at once; ``carried`` has those then.
+    """
 
     def __init__(
         self,
@@ -117,7 +147,11 @@ class Forwarder:
         dial: Dial,
         *,
         seen_as: SeenAs | None = None,
+        dial_now: DialNow | None = None,
+        carried: Connections | None = None,
     ) -> None:
+        self._dial_now = dial_now if seen_as is None else None
+        self._carried = Connections() if carried is None else carried
         self._listeners = listeners
         self._targets = targets
         self._dial = dial
@@ -149,12 +183,32 @@ class Forwarder:
                 logger.warning("cannot accept: %s", error.strerror)
                 await trio.sleep(EXHAUSTED_PAUSE)
                 continue
-            connections.start_soon(self._carry, client)
+            if not self._carry_now(client, connections):
+                connections.start_soon(self._carry, client)
+
+    def _carry_now(self, client: trio.SocketStream, connections: trio.Nursery) -> bool:
+        """Begin with what a task would do; False if that needs one."""
+        if self._dial_now is None or not (targets := self._targets()):
+            return False
+
+        def on_answer(answer: MuxStream | OpenRefused | LinkError) -> None:
+            if isinstance(answer, MuxStream):
+                self._carried.carry(answer, detached(client), self._slots.release)
+                return
+            try:  # there may be another target, or another session soon
+                connections.start_soon(self._carry, client)
+            except RuntimeError:  # the nursery is over, and so is all that is forwarded
+                client.socket.close()
+
+        return self._dial_now(targets[0], on_answer)
 
     async def _carry(self, client: trio.SocketStream) -> None:
         try:
             async with await self._connect() as remote:
-                await splice(self._seen_as(client) if self._seen_as else client, remote)
+                if self._seen_as is None and isinstance(remote, MuxStream):
+                    await pump(remote, client)
+                else:
+                    await splice(self._seen_as(client) if self._seen_as else client, remote)
         except (AgentctlProtocolError, trio.BrokenResourceError, OSError) as error:
             logger.debug("connection not carried: %s", error)
         except Exception:
@@ -219,8 +273,11 @@ class ForwardRunner:
         *,
         table: ForwardTable | None = None,
         listen: Listen = listen_localhost,
+        dial_now: DialNow | None = None,
     ) -> None:
         self._dial = dial
+        self._dial_now = dial_now
+        self._carried = Connections()
         self._publish = publish
         self._table = table or ForwardTable()
         self._listen = listen
@@ -236,6 +293,7 @@ class ForwardRunner:
                 await self._keep_time()
         finally:
             self._connections = None
+            self._carried.close()
             for forwarder in self._forwarders.values():
                 forwarder.close()
             self._forwarders.clear()
@@ -278,7 +336,13 @@ class ForwardRunner:
             listeners = self._listen(port)
         except OSError as error:
             return self._table.bind_failed(port, error.errno or errno.EIO, trio.current_time())
-        forwarder = Forwarder(listeners, lambda: self._table.targets(port), self._dial)
+        forwarder = Forwarder(
+            listeners,
+            lambda: self._table.targets(port),
+            self._dial,
+            dial_now=self._dial_now,
+            carried=self._carried,
+        )
         self._forwarders[port] = forwarder
         self._connections.start_soon(forwarder.serve, self._connections)
         return self._table.bound(port)

@@ -16,9 +16,10 @@ import trio
 
 from host_agent.groups import collapsed
 from protocol.api import Target
+from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, LinkError
 from protocol.frames import MAX_PAYLOAD
-from protocol.link import Link, MuxStream, SerialChannel, Service
+from protocol.link import Link, MuxStream, OnOpened, SerialChannel, Service
 from protocol.messages import Hello
 from protocol.serial import SocketPort
 from protocol.session import MAX_BACKLOG, Role
@@ -51,11 +52,12 @@ class GuestLink:
         max_payload: int = MAX_PAYLOAD,
         max_backlog: int = MAX_BACKLOG,
         pause_above: int | None = None,
+        bulk: Bulk | None = None,
     ) -> None:
-        """``name`` is for logs; the limits, in bytes, are those of ``Link``."""
+        """``name`` is for logs; the limits, in bytes, and ``bulk`` are those of ``Link``."""
         self._name = name
         self._open_link = partial(
-            Link, max_payload=max_payload, max_backlog=max_backlog, pause_above=pause_above
+            Link, max_payload=max_payload, max_backlog=max_backlog, pause_above=pause_above, bulk=bulk
         )
         self._socket = socket
         self._hello = hello
@@ -125,6 +127,10 @@ class GuestLink:
         if self._link is None:
             raise LinkError(f"the guest agent has not been reachable for {timeout:.0f} s")
         return self._link
+
+    def dial_now(self, target: Target, on_answer: OnOpened) -> bool:
+        """``dial`` for who cannot wait: False if there is no session now, or it is busy."""
+        return self._link is not None and self._link.open_now(target, on_answer)
 
     async def dial(self, target: Target) -> MuxStream:
         """Open a stream to ``target``. Raises ``OpenRefused`` or ``LinkError``."""

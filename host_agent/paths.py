@@ -116,6 +116,11 @@ class InstancePaths:
         return self.directory / "agent.tar"
 
     @property
+    def bulk_memory(self) -> Path:
+        """The memory shared with the VM, where it must be a file: not on Linux."""
+        return self.directory / "bulk.mem"
+
+    @property
     def data_disk(self) -> Path:
         """Everything worth keeping; only ``delete --data`` removes it."""
         return self.directory / "data.img"

@@ -89,6 +89,7 @@ def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
             ("docker", f"unix://{status.docker_socket}"),
             ("context", status.docker_context),
             ("mounts", _mounts(status)),
+            ("bulk data", _bulk(status)),
         ]
     if status.restarts:
         facts.append(("boots retried", str(status.restarts)))
@@ -108,6 +109,12 @@ def _mounts(status: InstanceStatus) -> str:
     if status.mounts == status.mounts_working:
         return str(status.mounts) if status.mounts else "none"
     return f"{status.mounts_working} of {status.mounts} work; see: agentctl mounts"
+
+
+def _bulk(status: InstanceStatus) -> str:
+    if status.bulk_memory:
+        return f"shared memory, {sizes.show(status.bulk_memory)}"
+    return f"inline ({status.bulk_reason})" if status.bulk_reason else "inline"
 
 
 def _agent(status: InstanceStatus) -> str:

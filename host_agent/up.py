@@ -18,6 +18,7 @@ import trio
 from host_agent import config as configuration
 from host_agent import docker_context, docker_tools, ending, groups, keeper, mounts, state
 from host_agent.boot import find_qemu
+from host_agent.bulk_memory import NOT_WANTED
 from host_agent.client import RESTART_TIME, ConnectionLost, connected
 from host_agent.config import Host, InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
@@ -109,6 +110,8 @@ def _joined(paths: InstancePaths, running: InstanceStatus, config: InstanceConfi
     warnings = (*_environment_warnings(paths), *groups.run(_mount_more, paths, config))
     asked = {"cpus": config.cpus, "memory": config.memory, "disk": config.disk}
     current = {"cpus": running.cpus, "memory": running.memory, "disk": running.disk}
+    # Not compared by whether it has any: that is not always for the asking.
+    asked["bulk"], current["bulk"] = config.bulk, running.bulk_reason != NOT_WANTED
     changed = [name for name in asked if asked[name] != current[name]]
     if changed:
         warnings = (

@@ -200,7 +200,8 @@ class InstanceStatus:
 
     ``restarts`` counts boots that had to be tried again, ``agent_restarts`` host agents that died and were
     started again, ``agent_sessions`` those of the control link, ``file_server_restarts`` the file servers that
-    this host agent had to start again, all of the current run.
+    this host agent had to start again, all of the current run. ``bulk_memory`` bytes are shared with the VM for
+    payloads; ``bulk_reason`` is a clause that says why there are none, and payloads travel in frames.
     """
 
     name: str
@@ -229,6 +230,8 @@ class InstanceStatus:
     mounts_working: int = 0
     file_server_pid: int = 0
     file_server_restarts: int = 0
+    bulk_memory: int = 0
+    bulk_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

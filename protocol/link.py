@@ -18,6 +18,7 @@ import trio
 
 from protocol import codec, messages
 from protocol.api import Notice, Request, Target
+from protocol.bulk import Bulk, Run
 from protocol.errors import (
     DecodeError,
     ErrorCode,
@@ -31,6 +32,7 @@ from protocol.errors import (
 )
 from protocol.files import FileCall
 from protocol.frames import MAX_PAYLOAD, Buffer
+from protocol.lane import READABLE, Lane
 from protocol.messages import Hello
 from protocol.muxstream import Incoming, MuxStream
 from protocol.serial import SerialChannel
@@ -44,6 +46,9 @@ ReplyT = TypeVar("ReplyT")
 
 OnResult = Callable[[messages.Result | LinkError], None]
 """What is told how a call ended; called where frames are read, so it must neither wait nor raise."""
+
+OnOpened = Callable[[MuxStream | OpenRefused | LinkError], None]
+"""What is told whether a stream was opened; as ``OnResult``."""
 
 # Bytes per read. A full chunk with its header, so that bulk data takes one read a frame.
 READ_SIZE: Final = 128 * 1024
@@ -77,7 +82,7 @@ class Link:
     peer: Hello
     """The other side's hello; there once ``run`` has started."""
     on_written: Callable[[], None] | None = None
-    """Called when ``backlog`` has become less, by whoever wrote; it must neither wait nor raise."""
+    """Called when ``backlog`` has become less, or memory for payloads free; it must neither wait nor raise."""
 
     def __init__(
         self,
@@ -91,14 +96,20 @@ class Link:
         max_payload: int = MAX_PAYLOAD,
         max_backlog: int = MAX_BACKLOG,
         pause_above: int | None = None,
+        bulk: Bulk | None = None,
     ) -> None:
-        """``max_backlog``: bytes waiting to be written at which the peer is at fault for not reading them.
+        """``bulk``: memory for payloads that this side has; used in one session at a time.
+
+        ``max_backlog``: bytes waiting to be written at which the peer is at fault for not reading them.
 
         ``pause_above``: bytes waiting at which nothing more is read from the peer. Only for one side of a link,
         whose peer always reads: two that pause would wait for each other.
         """
         self._transport = transport
         self._service = service
+        self.lane = Lane()
+        """For who carries streams on: it shares the turns in which this link is read."""
+        self.bulk = Bulk() if bulk is None else bulk
         self._open_session: Callable[[], Session] = lambda: Session(
             role,
             hello,
@@ -107,13 +118,14 @@ class Link:
             dead_after=dead_after,
             max_payload=max_payload,
             max_backlog=max_backlog,
+            bulk=self.bulk,
         )
         self._pause_above = max_backlog if pause_above is None else pause_above
         self._session: Session | None = None
         self._error: LinkError | None = None
         self._greeted = False
         self._asking: dict[int, _Waiter] = {}
-        self._opening: dict[int, _Waiter] = {}
+        self._opening: dict[int, _Waiter | OnOpened] = {}
         self._calling: dict[int, OnResult] = {}
         self._streams: dict[int, MuxStream] = {}
         self._over, self._gone = trio.Event(), trio.Event()
@@ -125,8 +137,13 @@ class Link:
         self._writing = 0  # bytes of a write that was begun and has not ended
         self._writer_left = False
         self._writer_rests = False
+        self._drained: list[MuxStream] = []  # that are to be told so
         self._unsent: Buffer = b""  # taken from the session, and to be written before anything else
         self._send_now: Callable[[Buffer], bool] | None = getattr(transport, "send_nowait", None)
+        self._receive_now: Callable[[], bytes | None] | None = getattr(transport, "receive_nowait", None)
+        self._reader_wakeup = trio.lowlevel.ParkingLot()
+        self._receiving = False
+        self._room_came = self._telling_room = False
 
     # --- life --------------------------------------------------------------------------------------
 
@@ -139,7 +156,10 @@ class Link:
         if self._session is not None:
             raise LocalProtocolError("a link runs once")
         self._session = self._open_session()
-        self._serving = Serving(self._service, self._session, self._flush, self._wait_for_room)
+        self.bulk.on_room, self.bulk.on_urgent = self._on_room, self._flush
+        self._serving = Serving(
+            self._service, self._session, self._flush, self._wait_for_room, self._send_express, self.lane
+        )
         self._started = task_status.started
         try:
             await self._drive()
@@ -147,6 +167,7 @@ class Link:
             self._session.goodbye("the peer left")
             self._end(LinkClosed("this side left the link"))
             await self._hang_up()
+            self.lane.close()
             self._gone.set()
         assert self._error is not None
         if not (self._greeted and isinstance(self._error, LinkClosed)):
@@ -163,6 +184,7 @@ class Link:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._serving.run)
             nursery.start_soon(self._read)
+            nursery.start_soon(self._serve_lane)
             nursery.start_soon(self._write)
             nursery.start_soon(self._keep_time)
             await self._over.wait()
@@ -176,17 +198,22 @@ class Link:
         if self._error is not None:
             return
         self._error = error
-        for waiter in [*self._asking.values(), *self._opening.values()]:
-            waiter.resolve(error)
+        opening = list(self._opening.values())
+        for waiter in [*self._asking.values(), *opening]:
+            if isinstance(waiter, _Waiter):
+                waiter.resolve(error)
         self._serving.on_broken(error)
         for stream in self._streams.values():
             stream.on_broken(error)
+        self._opening.clear()
+        for waiting in opening:
+            if not isinstance(waiting, _Waiter):
+                waiting(_again(error))
         called = list(self._calling.values())
         self._calling.clear()
         for on_result in called:
             on_result(_again(error))
         self._asking.clear()
-        self._opening.clear()
         self._streams.clear()
         self._over.set()
         self._room.unpark_all()
@@ -234,21 +261,65 @@ class Link:
             self._dispatch(self._running().lose(lost))
 
     async def _read(self) -> None:
+        """What the lane does not: the beginning, the end, and what has to wait for something."""
         session = self._running()
         with self._transport_errors():
             while data := await self._transport.receive_some(READ_SIZE):
-                await self._take(session.receive_data(data, trio.current_time()))
-            await self._take(session.receive_eof())
+                self._take(bytes(data))
+                await self._let_others_follow()
+                await self._read_in_lane()
+                await self._let_others_follow()
+            self._dispatch_all(session.receive_eof())
 
-    async def _take(self, events: list[Event]) -> None:
-        # Dispatched without a pause: no task of ours sees the session ahead of what it has been told.
+    async def _read_in_lane(self) -> None:
+        """Return when there is something that the lane cannot do. Wakes up for nothing else."""
+        descriptor = -1 if self._receive_now is None else self._transport.fileno()  # type: ignore[attr-defined]
+        if descriptor >= 0 and self._error is None:
+            self.lane.watch(descriptor, READABLE, self._on_receivable)
+            try:
+                await self._reader_wakeup.park()
+            finally:
+                self.lane.forget(descriptor)
+
+    def _on_receivable(self, ready: int) -> None:
+        assert self._receive_now is not None
+        data = None if ready != READABLE or self._error is not None else self._receive_now()
+        if data is not None:
+            self._take(data)
+        if data is None or not self._serving.notices_done or self._running().backlog > self._pause_above:
+            self._reader_wakeup.unpark_all()
+            self.lane.stop()
+
+    def _take(self, data: bytes) -> None:
+        session = self._running()
+        self._receiving = True
+        if (event := session.receive_express(data)) is not None:
+            self._dispatch(event)
+        else:
+            self._dispatch_all(session.receive_data(data, trio.current_time()))
+        self._receiving = False
+        self._forget_closed()
+        if self._room_came:
+            self._on_room()
+
+    def _dispatch_all(self, events: list[Event]) -> None:
+        # Without a pause: no task of ours sees the session ahead of what it has been told.
         for event in events:
             self._dispatch(event)
         self._forget_closed()
         self._flush()
+
+    async def _let_others_follow(self) -> None:
+        """Before more is read: what was said must be heard, and answers be taken."""
         await self._serving.wait_for_notices()
         while self._running().backlog > self._pause_above and self._error is None:
             await self._room.park()
+
+    async def _serve_lane(self) -> None:
+        await self.lane.measure()
+        while True:
+            await self.lane.wait()
+            self.lane.turn()
 
     def _forget_closed(self) -> None:
         for number in self._running().take_closed():
@@ -270,6 +341,7 @@ class Link:
         while True:
             data = self._unsent or self._take_output()
             self._unsent = b""
+            self._tell_drained()
             if data:
                 self._writing = len(data)
                 await self._transport.send_all(data)
@@ -286,9 +358,9 @@ class Link:
     def _take_output(self) -> bytes:
         """What the session has to say, as much as is written at a time; b"" for nothing."""
         batch = self._running().data_to_send()
-        for number in batch.drained:
-            self._streams[number].on_sendable()
-        self._forget_closed()
+        self._drained += [self._streams[number] for number in batch.drained]
+        if not self._receiving:  # else there are events yet for streams that have ended
+            self._forget_closed()
         self._room.unpark_all()
         return b"".join(batch.buffers)
 
@@ -305,8 +377,51 @@ class Link:
         except _BROKEN:
             return False  # the writer will meet it as well, and says so
         self._unsent = b""
+        self._tell_drained()
         self._tell_written()
         return True
+
+    def _tell_drained(self) -> None:
+        """After what they had to say has gone: it may be the last that was before what they say next."""
+        drained, self._drained = self._drained, []
+        for stream in drained:
+            stream.on_sendable()
+
+    def _send_express(self, number: int, data: bytes) -> bool:
+        """Send data of a stream at once, if nothing is to go before it and the transport takes it."""
+        if self._send_now is None or not self._writer_rests or self._unsent or len(data) > PROMPT_SIZE:
+            return False
+        if (frame := self._running().express(number, data)) is None:
+            return False
+        self._unsent = frame
+        try:
+            if self._send_now(frame):
+                self._unsent = b""
+        except _BROKEN:
+            pass  # the writer will meet it as well, and says so
+        if self._unsent:
+            self._wake_writer()
+        return True
+
+    def _wake_writer(self) -> None:
+        self._writer_rests = False
+        self._to_write.unpark_all()
+        self.lane.stop()  # it needs a turn
+
+    def _on_room(self) -> None:
+        """Slots have come back. Who uses them may cause more to, and is not told in the middle of that."""
+        self._room_came = True
+        if self._receiving or self._telling_room:
+            return
+        self._telling_room = True
+        try:
+            while self._room_came and self._error is None:
+                self._room_came = False
+                for stream in list(self._streams.values()):
+                    stream.on_sendable()
+                self._tell_written()
+        finally:
+            self._telling_room = False
 
     def _tell_written(self) -> None:
         if self.on_written is not None:
@@ -326,8 +441,7 @@ class Link:
         """After anything was done to the session: wake the tasks that should know."""
         session = self._running()
         if session.has_output and not self._write_now(session):
-            self._writer_rests = False
-            self._to_write.unpark_all()
+            self._wake_writer()
         if session.next_timeout() < self._alarm:
             self._timer.unpark_all()
 
@@ -411,13 +525,30 @@ class Link:
             return answer
         if isinstance(answer, LinkError):
             raise _again(answer)
-        raise OpenRefused(ErrorCode.parse(answer.code), answer.message, answer.hint)
+        raise answer
 
-    def call(self, call: FileCall[Any], payload: Buffer, on_result: OnResult) -> None:
+    def open_now(self, target: Target, on_answer: OnOpened) -> bool:
+        """``open`` for who cannot wait; ``on_answer`` gets the stream, or why there is none. False if it would wait.
+
+        Nobody gives up on it: the peer answers, or the link ends.
+        """
+        session = self._running()
+        if self._error is not None or not self._greeted or session.backlog > HIGH_WATER:
+            return False
+        try:
+            number = session.open(target.KIND, codec.encode(target))
+        except OpenRefused:
+            return False
+        self._opening[number] = on_answer
+        self._flush()
+        return True
+
+    def call(self, call: FileCall[Any], payload: Buffer | Run, on_result: OnResult) -> None:
         """Ask for a filesystem operation; ``on_result`` gets its result, or why there never will be one.
 
         Queued at once, whatever the backlog is, and it never waits: this is for callers that hold themselves to
-        ``MAX_CALLS``. ``payload`` must not change. Raises ``LinkError`` when the link is over.
+        ``MAX_CALLS``. ``payload`` must not change; a run stays the caller's, to be given back when the result has
+        come. Raises ``LinkError`` when the link is over.
         """
         number = self._live().call(call.OP, codec.encode(call), payload)
         self._calling[number] = on_result
@@ -428,19 +559,27 @@ class Link:
         """Bytes that are being written, or wait to be; the data of streams does not count while it waits."""
         return self._running().backlog + len(self._unsent) + self._writing
 
-    def answer(self, number: int, error: int, value: object = None, payload: Buffer = b"") -> None:
-        """The result of call ``number``: an errno, or 0 with the encoded ``value``. Nothing if the link is over."""
+    def answer(self, number: int, error: int, value: object = None, payload: Buffer | Run = b"") -> None:
+        """The result of call ``number``: an errno, or 0 with the encoded ``value``. Nothing if the link is over.
+
+        ``payload`` must not change; a run is given away in any case."""
         session = self._running()
         # The session may be over before the link knows: a call and the end can come in one read.
         if self._error is None and not session.over:
             session.result(number, error, value, payload)
             self._flush()
+            return
+        session.drop_call(number)
+        if isinstance(payload, Run):
+            payload.give_back()
 
     # --- what the peer says ------------------------------------------------------------------------
 
     def _dispatch(self, event: Event) -> None:
         if self._error is None:
             _HANDLERS[type(event)](self, event)
+        elif isinstance(event, _WITH_LOAN) and event.loan is not None:
+            event.loan.release()
 
     def _on_hello(self, event: Hello) -> None:
         self.peer = event
@@ -452,8 +591,10 @@ class Link:
 
     def _on_answer(self, event: messages.Reply | messages.Failure | TimedOut) -> None:
         self._asking.pop(event.id).resolve(event)
+        self.lane.stop()
 
     def _on_notify(self, event: messages.Notify) -> None:
+        self.lane.stop()
         try:
             self._serving.on_notify(event)
         except RemoteProtocolError as error:
@@ -461,6 +602,7 @@ class Link:
                 self._dispatch(ended)
 
     def _on_request(self, event: messages.Request) -> None:
+        self.lane.stop()
         self._serving.on_request(event)
 
     def _on_cancel(self, event: messages.Cancel) -> None:
@@ -470,12 +612,14 @@ class Link:
         self._serving.on_lapsed(event)
 
     def _on_call(self, event: messages.Call) -> None:
+        self.lane.stop()
         if self._service.call is None:
             self.answer(event.id, errno.ENOSYS)
         else:
             self._service.call(event)
 
     def _on_result(self, event: messages.Result) -> None:
+        self.lane.stop()
         self._calling.pop(event.id)(event)
 
     def _on_open(self, event: messages.Open) -> None:
@@ -483,14 +627,24 @@ class Link:
             self._streams[event.stream] = stream
 
     def _on_opened(self, event: messages.Opened) -> None:
-        stream = self._streams[event.stream] = MuxStream(self._running(), event.stream, self._flush)
-        self._opening.pop(event.stream).resolve(stream)
+        session = self._running()
+        stream = MuxStream(session, event.stream, self._flush, self._send_express, self.lane)
+        self._streams[event.stream] = stream
+        self._answer_open(event.stream, stream)
 
     def _on_refused(self, event: messages.Refused) -> None:
-        self._opening.pop(event.stream).resolve(event)
+        self._answer_open(event.stream, OpenRefused(ErrorCode.parse(event.code), event.message, event.hint))
+
+    def _answer_open(self, number: int, answer: MuxStream | OpenRefused) -> None:
+        waiting = self._opening.pop(number)
+        if isinstance(waiting, _Waiter):
+            waiting.resolve(answer)
+            self.lane.stop()
+        else:
+            waiting(answer)
 
     def _on_data(self, event: messages.Data) -> None:
-        self._streams[event.stream].on_data(event.payload)
+        self._streams[event.stream].on_data(event.payload, event.loan)
 
     def _on_credit(self, event: messages.Credit) -> None:
         self._streams[event.stream].on_sendable()
@@ -510,6 +664,8 @@ def _again(error: LinkError) -> LinkError:
     copy.__cause__ = error
     return copy
 
+
+_WITH_LOAN: Final = (messages.Data, messages.Call, messages.Result)
 
 _HANDLERS: Final[dict[type[Event], Callable[[Link, Any], None]]] = {
     messages.Hello: Link._on_hello,

@@ -12,11 +12,25 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR, codec
+from protocol.bulk import Loan
 from protocol.errors import DecodeError, ErrorCode, RemoteProtocolError
-from protocol.frames import MAX_PAYLOAD, Buffer, Frame, encode_frame
+from protocol.frames import MAX_PAYLOAD, PREFIX, Buffer, Frame, encode_frame
 
 # Characters of an explanation; longer ones are cut, so that a failure always fits into a frame.
 MAX_TEXT: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class BulkOffer:
+    """The guest has memory for payloads (``bulk``): where the host finds it, and how it knows that it is the same.
+
+    ``extents``: offset and length in bytes of each piece in the device, in the order of the memory. ``mark``: 16 random
+    bytes that stand on the plane's mark page. ``busy``: a bitmap of the host's slots that the guest still reads.
+    """
+
+    extents: list[int]
+    mark: bytes
+    busy: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +46,7 @@ class Hello:
     boot_id: str = ""
     capabilities: list[str] = field(default_factory=list)
     name: str = ""
+    bulk: BulkOffer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +128,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Bytes of a stream, at least one. They are the frame's payload, not part of its header."""
+    """Bytes of a stream, at least one. They are the frame's payload, not part of its header, or in ``run``."""
 
     stream: int
-    payload: bytes
+    payload: bytes | memoryview
+    run: list[int] | None = None
+    loan: Loan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +178,9 @@ class Call:
     id: int
     op: int
     args: object
-    payload: bytes = b""
+    payload: bytes | memoryview = b""
+    run: list[int] | None = None
+    loan: Loan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +190,23 @@ class Result:
     id: int
     errno: int
     value: object
-    payload: bytes = b""
+    payload: bytes | memoryview = b""
+    run: list[int] | None = None
+    loan: Loan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BulkBegin:
+    """The host has found the guest's memory: from here on both sides may refer to it. ``busy`` as in the offer."""
+
+    busy: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """The receiver does not read these of the sender's slots any more: a bitmap."""
+
+    slots: bytes
 
 
 AnyFrame = (
@@ -193,6 +228,8 @@ AnyFrame = (
     | Goodbye
     | Call
     | Result
+    | BulkBegin
+    | Free
 )
 StreamFrame = Opened | Refused | Data | Credit | Eof | Reset
 
@@ -215,10 +252,12 @@ TYPES: Final[dict[int, type[AnyFrame]]] = {
     16: Goodbye,
     17: Call,
     18: Result,
+    19: BulkBegin,
+    20: Free,
 }
 _NUMBERS: Final[dict[type, int]] = {cls: number for number, cls in TYPES.items()}
-# The frames whose last field is the payload, and how many others they have.
-_FIELDS_OF: Final[dict[type, int]] = {Data: 1, Call: 3, Result: 3}
+# Their last header field may say where the payload is in the plane's memory (``bulk``): [first slot, length].
+_WITH_PAYLOAD: Final = (Data, Call, Result)
 
 
 def clip(text: str) -> str:
@@ -230,31 +269,52 @@ def encode(frame: AnyFrame) -> list[Buffer]:
     """The buffers of one frame. Raises ``LocalProtocolError`` when it is too long or not encodable."""
     match frame:
         case Data():
-            return encode_data(frame.stream, frame.payload)
+            return encode_data(frame.stream, frame.payload, frame.run)
         case Call():
-            return encode_call(frame.id, frame.op, frame.args, frame.payload)
+            return encode_call(frame.id, frame.op, frame.args, frame.payload, frame.run)
         case Result():
-            return encode_result(frame.id, frame.errno, frame.value, frame.payload)
+            return encode_result(frame.id, frame.errno, frame.value, frame.payload, frame.run)
     return encode_frame([_NUMBERS[type(frame)], *codec.encode(frame)])
 
 
-def encode_data(stream: int, payload: Buffer) -> list[Buffer]:
+def data_header(stream: int) -> bytes:
+    """The header of the ``Data`` frames of ``stream``."""
+    header = encode_frame([_NUMBERS[Data], stream])[0]
+    return bytes(header[PREFIX.size :])
+
+
+def encode_data(stream: int, payload: Buffer, run: list[int] | None = None) -> list[Buffer]:
     """The buffers of a ``Data`` frame, without a copy of ``payload``."""
-    return encode_frame([_NUMBERS[Data], stream], payload)
+    header = [_NUMBERS[Data], stream]
+    return encode_frame(header if run is None else [*header, run], payload)
 
 
 def encode_call(
-    number: int, op: int, args: object, payload: Buffer, *, max_payload: int = MAX_PAYLOAD
+    number: int,
+    op: int,
+    args: object,
+    payload: Buffer,
+    run: list[int] | None = None,
+    *,
+    max_payload: int = MAX_PAYLOAD,
 ) -> list[Buffer]:
     """The buffers of a ``Call``, without a copy of ``payload``."""
-    return encode_frame([_NUMBERS[Call], number, op, args], payload, max_payload=max_payload)
+    header = [_NUMBERS[Call], number, op, args]
+    return encode_frame(header if run is None else [*header, run], payload, max_payload=max_payload)
 
 
 def encode_result(
-    number: int, errno: int, value: object, payload: Buffer, *, max_payload: int = MAX_PAYLOAD
+    number: int,
+    errno: int,
+    value: object,
+    payload: Buffer,
+    run: list[int] | None = None,
+    *,
+    max_payload: int = MAX_PAYLOAD,
 ) -> list[Buffer]:
     """The buffers of a ``Result``, without a copy of ``payload``."""
-    return encode_frame([_NUMBERS[Result], number, errno, value], payload, max_payload=max_payload)
+    header = [_NUMBERS[Result], number, errno, value]
+    return encode_frame(header if run is None else [*header, run], payload, max_payload=max_payload)
 
 
 def decode(frame: Frame) -> AnyFrame:
@@ -262,16 +322,28 @@ def decode(frame: Frame) -> AnyFrame:
     header = frame.header
     cls = _frame_class(header)
     fields: list[Any] = header[1:]
-    if (count := _FIELDS_OF.get(cls)) is not None:
-        if len(fields) < count:
-            raise RemoteProtocolError(f"{cls.__name__}: {len(fields)} fields where there are {count}")
-        fields = [*fields[:count], frame.payload]
-    elif frame.payload:
+    if cls in _WITH_PAYLOAD:
+        return _decode_with_payload(cls, fields, frame.payload)
+    if frame.payload:
         raise RemoteProtocolError(f"{cls.__name__}: a payload where there is none")
     try:
         return codec.decode(cls, fields)
     except DecodeError as error:
         raise RemoteProtocolError(str(error)) from error
+
+
+def _decode_with_payload(cls: type[Any], fields: list[Any], payload: bytes) -> AnyFrame:
+    """By hand: these are the frames that come by the thousand."""
+    count = 1 if cls is Data else 3
+    if len(fields) < count:
+        raise RemoteProtocolError(f"{cls.__name__}: {len(fields)} fields where there are {count}")
+    run = fields[count] if len(fields) > count else None
+    if run is not None and (payload or type(run) is not list or list(map(type, run)) != [int, int]):
+        raise RemoteProtocolError(f"{cls.__name__}: {run!r:.64} is no reference to a payload")
+    if type(fields[0]) is not int or (cls is not Data and type(fields[1]) is not int):
+        raise RemoteProtocolError(f"{cls.__name__}: a number is missing")
+    frame: AnyFrame = cls(*fields[:count], payload, run)
+    return frame
 
 
 def check_major(frame: Frame, major: int) -> None:

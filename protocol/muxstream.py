@@ -1,21 +1,30 @@
 """A multiplexed stream as trio knows streams.
 
 The law: ``send_all`` returns when its last byte is on its way, so each stream holds one caller's data
-and no queue; what was received is bounded by the stream's window, and credit goes back only for what
-the application has taken. An end (``b""``) that has arrived stays readable, with all before it, even
-if the stream is cut afterwards; without one, a cut discards what was not read, as TCP does.
+and no queue; what was received is bounded by the stream's window and the slots lent to it, and credit and
+slots go back only for what the application has taken. An end (``b""``) that has arrived stays readable, with
+all before it, even if the stream is cut afterwards; without one, a cut discards what was not read, as TCP does.
+
+Beside trio's interface there is one without copies and without turns of trio, for who joins a stream with a
+socket (``pump``): ``peek``, ``advance`` and ``on_readable``; ``take_run``, ``send_run`` and ``send_now``.
 """
 
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import trio
 
+from protocol.bulk import INLINE_BELOW, Loan, Run
 from protocol.errors import ErrorCode, LinkError, LocalProtocolError, StreamReset
+from protocol.lane import Lane
 from protocol.session import Session
+
+Express = Callable[[int, bytes], bool]
+"""Sends a stream's data at once, ahead of nothing; False if that cannot be done."""
 
 
 class MuxStream(trio.abc.HalfCloseableStream):
@@ -25,11 +34,25 @@ class MuxStream(trio.abc.HalfCloseableStream):
     loss of the link is the same with a ``LinkError``.
     """
 
-    def __init__(self, session: Session, number: int, flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        number: int,
+        flush: Callable[[], None],
+        express: Express | None = None,
+        lane: Lane | None = None,
+    ) -> None:
+        self.lane = lane
+        """Where the stream is read, and whoever joins it with a descriptor may read that."""
         self._session = session
         self._number = number
         self._flush = flush  # the session may have something to write
-        self._received = bytearray()
+        self._express = express
+        self.on_room: Callable[[], None] | None = None
+        """Called when there may be credit or memory to send with; it must neither wait nor raise."""
+        self.on_readable: Callable[[], None] | None = None
+        """Called when there is something new to ``peek`` at, an end, or a break; it must neither wait nor raise."""
+        self._received: deque[tuple[memoryview, Loan | None]] = deque()
         self._ended = False  # the peer's direction
         self._finished = False  # ours
         self._closed = False
@@ -47,6 +70,9 @@ class MuxStream(trio.abc.HalfCloseableStream):
             self._check_sendable()
             if not data:
                 return
+            data = self._send_runs(data)
+            if not data:
+                return
             # Queued without a copy, so it must be bytes: the caller may reuse anything else.
             self._session.send_data(self._number, data if isinstance(data, bytes) else bytes(data))
             self._flush()
@@ -58,6 +84,23 @@ class MuxStream(trio.abc.HalfCloseableStream):
                 self._session.drop_unsent(self._number)
                 raise
             self._check_sendable()
+
+    def _send_runs(self, data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview:
+        """What is left of ``data`` after the plane's memory took what it has room for."""
+        while len(data) >= INLINE_BELOW:
+            if (run := self._session.take_run(self._number, len(data))) is None:
+                break
+            try:
+                run.length = min(len(data), len(run.view))
+                view = memoryview(data)
+                run.view[: run.length] = view[: run.length]
+                data = view[run.length :]
+                self._session.send_run(self._number, run)
+            finally:
+                if run.slots:
+                    run.give_back()
+            self._flush()
+        return data
 
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until there is credit."""
@@ -110,26 +153,131 @@ class MuxStream(trio.abc.HalfCloseableStream):
         self.cut(ErrorCode.CANCELLED, "closed by the peer")
         await trio.lowlevel.checkpoint()
 
+    # --- without copies ----------------------------------------------------------------------------
+
+    def peek(self) -> memoryview | None:
+        """The next received bytes, at least one, until ``advance``; None if there are none now."""
+        return self._received[0][0] if self._received else None
+
+    def advance(self, count: int) -> None:
+        """``count`` bytes of what ``peek`` gave are not needed any more."""
+        view, loan = self._received[0]
+        if count < len(view):
+            self._received[0] = (view[count:], loan)
+        else:
+            self._received.popleft()
+            if loan is not None:
+                loan.release()
+        if loan is None:
+            self._session.consume(self._number, count)
+        if self._session.has_output:
+            self._flush()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the peer's direction has ended, and all of it was read. Raises when nothing can be read any more."""
+        return not self._received and self._check_receivable()
+
+    def take_run(self, size: int) -> Run | None:
+        """Memory for up to ``size`` bytes to send; None if there is none for this stream now. Raises as
+        ``send_all``."""
+        self._check_sendable()
+        return self._session.take_run(self._number, size) if self._session.drained(self._number) else None
+
+    @property
+    def lends(self) -> bool:
+        """Whether the peer still reads memory that this stream has sent: there will be room when it has."""
+        return self._session.lends(self._number)
+
+    def send_run(self, run: Run) -> None:
+        """Send ``run.length`` bytes of ``run``, which is given away. Raises as ``send_all``."""
+        self._check_sendable()
+        self._session.send_run(self._number, run)
+        self._flush()
+
+    def send_now(self, data: bytes) -> None:
+        """Send ``data``, or queue what there is no credit for; only when ``writable``. Raises as ``send_all``."""
+        self._check_sendable()
+        if self._express is None or not self._express(self._number, data):
+            self._session.send_data(self._number, data)
+            self._flush()
+
+    def end_now(self) -> None:
+        """End this direction, after what is queued. Raises as ``send_all``."""
+        self._check_sendable()
+        self._finished = True
+        self._session.send_eof(self._number)
+        self._flush()
+
+    @property
+    def fault(self) -> Exception | None:
+        """Why nothing can be sent any more: the peer, or the link."""
+        return self._broken
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that the peer had to say has come."""
+        return self._ended
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether this session has memory for payloads."""
+        return self._session.has_memory
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return self._session.drained(self._number)
+
+    @property
+    def writable(self) -> bool:
+        """Whether there is credit, and nothing waits for more."""
+        return self._session.writable(self._number)
+
     # --- the link ----------------------------------------------------------------------------------
 
-    def on_data(self, data: bytes) -> None:
-        self._received += data
-        self._receive_wakeup.unpark_all()
+    def on_data(self, data: bytes | memoryview, loan: Loan | None) -> None:
+        if self._closed or (self._broken is not None and not self._ended):
+            if loan is not None:
+                loan.release()
+            return
+        self._received.append((memoryview(data), loan))
+        self._wake_reader()
 
     def on_eof(self) -> None:
         self._ended = True
-        self._receive_wakeup.unpark_all()
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        self._wake_tasks(self._receive_wakeup)
+        if self.on_readable is not None:
+            self.on_readable()
+
+    def _wake_tasks(self, waiting: trio.lowlevel.ParkingLot) -> None:
+        if waiting:
+            waiting.unpark_all()
+            if self.lane is not None:
+                self.lane.stop()
+
+    def _discard(self) -> None:
+        """What was received will not be read."""
+        received, self._received = self._received, deque()
+        for _, loan in received:
+            if loan is not None:
+                loan.release()
 
     def on_sendable(self) -> None:
-        """Data was sent, or credit came."""
-        self._send_wakeup.unpark_all()
+        """Data was sent, or credit or memory came."""
+        self._wake_tasks(self._send_wakeup)
+        if self.on_room is not None:
+            self.on_room()
 
     def cut(self, code: ErrorCode, message: str) -> None:
         """Close this end at once; the peer sees a reset unless both directions have ended."""
         if self._closed:
             return
         self._closed = True
-        self._received.clear()
+        self._discard()
         if self._session.knows(self._number):
             self._session.reset(self._number, code, message)
             self._flush()
@@ -139,8 +287,10 @@ class MuxStream(trio.abc.HalfCloseableStream):
         """Cut by the peer, or with the link."""
         self._broken = error
         if not self._ended:
-            self._received.clear()
+            self._discard()
         self._wake()
+        if self.on_readable is not None:
+            self.on_readable()
 
     # --- inner -------------------------------------------------------------------------------------
 
@@ -169,21 +319,27 @@ class MuxStream(trio.abc.HalfCloseableStream):
         return self._ended
 
     def _take(self, max_bytes: int | None) -> bytes:
-        taken = bytes(self._received if max_bytes is None else self._received[:max_bytes])
-        del self._received[: len(taken)]
-        self._session.consume(self._number, len(taken))
-        self._flush()
+        view = self._received[0][0]
+        taken = bytes(view if max_bytes is None else view[:max_bytes])
+        self.advance(len(taken))
         return taken
 
     def _wake(self) -> None:
-        self._send_wakeup.unpark_all()
-        self._receive_wakeup.unpark_all()
+        self._wake_tasks(self._send_wakeup)
+        self._wake_tasks(self._receive_wakeup)
 
 
 class Incoming:
     """A stream the peer wants to open, not yet answered; ``scope`` is that of its handler."""
 
-    def __init__(self, session: Session, number: int, flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        number: int,
+        flush: Callable[[], None],
+        express: Express | None = None,
+        lane: Lane | None = None,
+    ) -> None:
         self.number = number
         self._session = session
         self._flush = flush
@@ -191,11 +347,15 @@ class Incoming:
         self._broken: StreamReset | LinkError | None = None
         self.scope = trio.CancelScope()
         # Made before the answer, so that nothing the peer says next can find nobody there.
-        self.stream = MuxStream(session, number, flush)
+        self.stream = MuxStream(session, number, flush, express, lane)
 
     async def accept(self) -> MuxStream:
         """The open stream. Raises ``trio.BrokenResourceError`` if the peer or the link has gone meanwhile."""
         await trio.lowlevel.checkpoint()
+        return self.accept_now()
+
+    def accept_now(self) -> MuxStream:
+        """``accept`` for who cannot wait."""
         self._check_unanswered()
         self._answered = True
         self._session.accept(self.number)

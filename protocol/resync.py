@@ -100,6 +100,17 @@ class Resync:
         self._raw += data
         self._advance()
 
+    def exchange(self, data: bytes) -> bytes:
+        """``receive_data`` and ``read`` in one; without copies if ``data`` is one record, as it mostly is."""
+        if self.state is State.ESTABLISHED and self._start == len(self._raw) and not self._payload:
+            end = len(data) - NONCE_SIZE
+            if end > _HEAD.size and data[end:] == self._peer:
+                (head,) = _HEAD.unpack_from(data)
+                if head == _MARK << 24 | end - _HEAD.size and end - _HEAD.size <= MAX_RECORD:
+                    return data[_HEAD.size : end]
+        self.receive_data(data)
+        return self.read()
+
     def read(self, max_bytes: int | None = None) -> bytes:
         """Bytes of the session, in order; ``b""`` if there are none yet."""
         taken = bytes(self._payload if max_bytes is None else self._payload[:max_bytes])
@@ -128,6 +139,12 @@ class Resync:
             for start in range(0, len(view), MAX_RECORD):
                 chunk = view[start : start + MAX_RECORD]
                 yield b"".join([_HEAD.pack(_MARK << 24 | len(chunk)), chunk, self._nonce])
+
+    def record(self, data: bytes) -> bytes:
+        """``data``, ``MAX_RECORD`` bytes at the most, as one record."""
+        if self.state is not State.ESTABLISHED:
+            raise LocalProtocolError("there is no session to send on")
+        return _HEAD.pack(_MARK << 24 | len(data)) + data + self._nonce
 
     def next_timeout(self) -> float:
         """When to call ``handle_timeout``; infinity for never."""

@@ -61,6 +61,16 @@ class SocketPort(trio.abc.Stream):
             raise trio.BrokenResourceError(f"the socket took {sent} of {len(data)} bytes")
         return True
 
+    def receive_nowait(self) -> bytes | None:
+        """What has come; None if nothing has, or nothing will any more, which is ``receive_some``'s to say."""
+        try:
+            return os.read(self.fileno(), READ_SIZE) or None
+        except OSError:
+            return None
+
+    def fileno(self) -> int:
+        return self._stream.socket.fileno()
+
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
@@ -79,6 +89,8 @@ class SerialChannel:
         self.transport = transport
         self.resync = Resync()
         self.torn = False  # a write was begun and has not ended
+        self.receive_nowait: Callable[[], bytes | None] | None = getattr(transport, "receive_nowait", None)
+        self._send_nowait: Callable[[bytes], bool] | None = getattr(transport, "send_nowait", None)
         self._session: SerialStream | None = None
         self._wakeup = trio.lowlevel.ParkingLot()
 
@@ -151,8 +163,11 @@ class SerialChannel:
 
     def write_nowait(self, data: bytes) -> bool:
         """Write something whole, if the transport can do that without waiting; False if nothing was written."""
-        send_nowait = getattr(self.transport, "send_nowait", None)
-        return send_nowait is not None and not self.torn and bool(send_nowait(data))
+        return self._send_nowait is not None and not self.torn and self._send_nowait(data)
+
+    def fileno(self) -> int:
+        """The transport's descriptor; only for one with ``receive_nowait``."""
+        return int(self.transport.fileno())  # type: ignore[attr-defined]
 
     async def write(self, data: bytes) -> None:
         """Write something whole: a record or a preamble."""
@@ -216,7 +231,21 @@ class SerialStream(trio.abc.Stream):
         self._check_current()
         if self._sending or self._cut or len(data) > MAX_RECORD:
             return False
-        return self._channel.write_nowait(*self._channel.resync.records(data))
+        return self._channel.write_nowait(self._channel.resync.record(bytes(data)))
+
+    def receive_nowait(self) -> bytes | None:
+        """What ``receive_some`` would give if it need not wait; else None, as for all that is not that simple."""
+        channel = self._channel
+        if self._closed or channel.receive_nowait is None or channel.resync.state is not State.ESTABLISHED:
+            return None
+        if data := channel.resync.read():
+            return data
+        received = channel.receive_nowait()
+        return (channel.resync.exchange(received) or None) if received else None
+
+    def fileno(self) -> int:
+        """What becomes readable when ``receive_nowait`` has something; -1 if nothing does."""
+        return -1 if self._channel.receive_nowait is None else self._channel.fileno()
 
     async def wait_send_all_might_not_block(self) -> None:
         self._check_closed()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from protocol import codec
@@ -35,12 +36,21 @@ class BoundRequest:
         return codec.encode(reply)
 
 
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """Who takes streams of a kind."""
+
+    cls: type[Any]
+    handler: Callable[[Any, Incoming], Awaitable[None]]
+    at_once: Callable[[Any, Incoming], bool] | None
+
+
 class Service:
     """The handlers of one side; give each link its own when they differ by link."""
 
     def __init__(self) -> None:
         self._requests: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Any]]]] = {}
-        self._streams: dict[str, tuple[type[Any], Callable[[Any, Incoming], Awaitable[None]]]] = {}
+        self._streams: dict[str, _Streams] = {}
         self._notices: dict[str, tuple[type[Any], Callable[[Any], Awaitable[None]]]] = {}
         self.call: Callable[[Call], None] | None = None
 
@@ -52,13 +62,21 @@ class Service:
         """
         _register(self._requests, cls.METHOD, (cls, handler))
 
-    def on_stream(self, cls: type[TargetT], handler: Callable[[TargetT, Incoming], Awaitable[None]]) -> None:
+    def on_stream(
+        self,
+        cls: type[TargetT],
+        handler: Callable[[TargetT, Incoming], Awaitable[None]],
+        at_once: Callable[[TargetT, Incoming], bool] | None = None,
+    ) -> None:
         """Let ``handler`` accept or refuse streams to ``cls``; when it returns, the stream is closed.
 
         Runs as a task of its own, cancelled when the peer gives up before the answer. It may raise
         ``OpenRefused`` instead of calling ``Incoming.refuse``.
+
+        ``at_once`` is asked first, where frames are read, and must neither wait nor raise: True if it has accepted
+        the stream and carries it on by itself, so that there is nothing for a task to do.
         """
-        _register(self._streams, cls.KIND, (cls, handler))
+        _register(self._streams, cls.KIND, _Streams(cls, handler, at_once))
 
     def on_notice(self, cls: type[NoticeT], handler: Callable[[NoticeT], Awaitable[None]]) -> None:
         """Await ``handler`` for each ``cls``, one after another in the order sent: it must be quick."""
@@ -85,16 +103,18 @@ class Service:
         except DecodeError as error:
             raise RpcError(ErrorCode.INVALID, str(error)) from error
 
-    def bind_stream(self, kind: str, args: object) -> Callable[[Incoming], Awaitable[None]]:
-        """Raises ``OpenRefused`` when nothing here takes it."""
+    def bind_stream(
+        self, kind: str, args: object
+    ) -> tuple[Callable[[Incoming], Awaitable[None]], Callable[[Incoming], bool] | None]:
+        """The handler, and what to ask before it. Raises ``OpenRefused`` when nothing here takes it."""
         if (entry := self._streams.get(kind)) is None:
             raise OpenRefused(ErrorCode.UNSUPPORTED, f"no such stream: {_quoted(kind)}")
-        cls, handler = entry
+        handler, at_once = entry.handler, entry.at_once
         try:
-            target = codec.decode(cls, args)
+            target = codec.decode(entry.cls, args)
         except DecodeError as error:
             raise OpenRefused(ErrorCode.INVALID, str(error)) from error
-        return lambda incoming: handler(target, incoming)
+        return partial(handler, target), None if at_once is None else partial(at_once, target)
 
     def bind_notice(self, topic: str, args: object) -> Callable[[], Awaitable[None]] | None:
         """None for a topic that nobody here cares for. Raises ``DecodeError``."""

@@ -24,7 +24,8 @@ from protocol.errors import (
     RpcError,
     StreamReset,
 )
-from protocol.muxstream import Incoming, MuxStream
+from protocol.lane import Lane
+from protocol.muxstream import Express, Incoming, MuxStream
 from protocol.service import BoundRequest, Service
 from protocol.session import Lapsed, Session
 
@@ -43,7 +44,7 @@ class _Job:
 
 
 class Serving:
-    """The handlers of one link at work. ``flush`` and ``wait_for_room`` are the link's."""
+    """The handlers of one link at work. All but the service are the link's."""
 
     def __init__(
         self,
@@ -51,11 +52,14 @@ class Serving:
         session: Session,
         flush: Callable[[], None],
         wait_for_room: Callable[[], Awaitable[Session]],
+        express: Express,
+        lane: Lane,
     ) -> None:
         self._service = service
         self._session = session
         self._flush = flush
         self._wait_for_room = wait_for_room
+        self._express, self._lane = express, lane
         self._jobs: dict[int, _Job] = {}
         self._offers: dict[int, Incoming] = {}
         self._notices: deque[Callable[[], Awaitable[None]]] = deque()
@@ -98,6 +102,11 @@ class Serving:
         if call is not None:
             self._notices.append(call)
             self._come.unpark_all()
+
+    @property
+    def notices_done(self) -> bool:
+        """Whether ``wait_for_notices`` would not wait."""
+        return len(self._notices) <= MAX_NOTICES
 
     async def wait_for_notices(self) -> None:
         """Return when no more than ``MAX_NOTICES`` wait, or the link is over."""
@@ -174,11 +183,15 @@ class Serving:
     def on_open(self, event: messages.Open) -> MuxStream | None:
         """Start the handler of an offered stream; returns the stream it may accept, None if refused."""
         try:
-            handler = self._service.bind_stream(event.kind, event.args)
+            handler, at_once = self._service.bind_stream(event.kind, event.args)
         except OpenRefused as error:
             self._session.refuse(event.stream, error.code, error.message, error.hint)
             return None
-        incoming = self._offers[event.stream] = Incoming(self._session, event.stream, self._flush)
+        incoming = Incoming(self._session, event.stream, self._flush, self._express, self._lane)
+        if at_once is not None and at_once(incoming):
+            return incoming.stream
+        self._offers[event.stream] = incoming
+        self._lane.stop()
         self._nursery.start_soon(self._serve_stream, event.kind, handler, incoming)
         return incoming.stream
 

@@ -17,6 +17,7 @@ from enum import Enum, auto
 from typing import Any, Final
 
 from protocol import messages
+from protocol.bulk import INLINE_BELOW, Bulk, Loan, Run
 from protocol.errors import (
     ErrorCode,
     LinkClosed,
@@ -25,7 +26,7 @@ from protocol.errors import (
     OpenRefused,
     RemoteProtocolError,
 )
-from protocol.frames import MAX_PAYLOAD, Buffer, Frame, FrameDecoder
+from protocol.frames import MAX_PAYLOAD, PREFIX, Buffer, Frame, FrameDecoder
 from protocol.messages import AnyFrame, StreamFrame, clip
 from protocol.rpc import IdSpace, IncomingRequests, OutgoingRequests
 from protocol.stream import MAX_CHUNK, MuxedStream, State
@@ -117,7 +118,9 @@ class Session:
         max_payload: int = MAX_PAYLOAD,
         max_backlog: int = MAX_BACKLOG,
         window: int = INITIAL_WINDOW,
+        bulk: Bulk | None = None,
     ) -> None:
+        """``bulk``: memory for payloads, used if the peer has the same; not that of another session that lives."""
         if not 0 < heartbeat < dead_after:
             raise LocalProtocolError("a heartbeat must come before the peer is taken for dead")
         self.peer: messages.Hello | None = None
@@ -125,7 +128,10 @@ class Session:
         self._hello = hello
         self._now = now
         self._heartbeat, self._grace = heartbeat, dead_after - heartbeat
+        self._closed_down = False
+        self._role = role
         self._window = window
+        self._bulk = Bulk() if bulk is None else bulk
         self._max_payload, self._max_backlog = max_payload, max_backlog
         self._decoder = FrameDecoder(max_payload=max_payload)
         self._control: list[Buffer] = []
@@ -134,8 +140,9 @@ class Session:
         self._serving = IncomingRequests(role.peer_first_id)
         self._own_ids, self._peer_ids = IdSpace(role.first_id), IdSpace(role.peer_first_id)
         self._own_calls, self._peer_calls = IdSpace(role.first_id), IdSpace(role.peer_first_id)
-        self._called: set[int] = set()
-        self._called_by_peer: set[int] = set()
+        self._called: dict[int, Run | None] = {}
+        self._called_by_peer: dict[int, Loan | None] = {}
+        self._by_header: dict[bytes, MuxedStream] = {}  # all streams
         self._own_streams: dict[int, MuxedStream] = {}
         self._peer_streams: dict[int, MuxedStream] = {}
         self._ready: dict[int, None] = {}  # an ordered set: whose turn it is
@@ -154,7 +161,7 @@ class Session:
 
     @property
     def has_output(self) -> bool:
-        return bool(self._control or self._ready)
+        return bool(self._control or self._ready or (self._bulk.urgent and not self.over))
 
     @property
     def over(self) -> bool:
@@ -165,6 +172,8 @@ class Session:
 
         Little data at a time keeps control frames prompt, some each time keeps data from starving.
         """
+        if not self.over and (frees := self._bulk.take_frees()):
+            self._send(messages.Free(frees))
         buffers, self._control, self._backlog = self._control, [], 0
         drained: list[int] = []
         room = MAX_CHUNK
@@ -215,6 +224,21 @@ class Session:
         """The driver found what the peer said to be wrong. Ends the link and tells the peer why."""
         return [] if self.over else [self._fail(error)]
 
+    def receive_express(self, data: bytes) -> messages.Data | None:
+        """The event, if ``data`` is exactly one frame with the data of a stream; else nothing was taken."""
+        if len(data) <= PREFIX.size or self._decoder.buffered:
+            return None
+        header_len, payload_len = PREFIX.unpack_from(data)
+        start = PREFIX.size + header_len
+        stream = self._by_header.get(data[PREFIX.size : start])
+        if stream is None or len(data) != start + payload_len or payload_len > MAX_CHUNK:
+            return None
+        try:
+            taken = stream.receive_express(payload_len)
+        except RemoteProtocolError:
+            return None  # said again, and heard, by ``receive_data``
+        return messages.Data(stream.number, data[start:]) if taken else None
+
     def _receive_frame(self, raw: Frame) -> Event | None:
         if self._phase is Phase.GREETING:
             messages.check_major(raw, self._hello.major)
@@ -249,8 +273,13 @@ class Session:
 
     def _close(self) -> None:
         self._phase = Phase.OVER
+        if self._closed_down:
+            return
+        self._closed_down = True
+        self._bulk.end()
         self._own_streams.clear()
         self._peer_streams.clear()
+        self._by_header.clear()
         self._ready.clear()
         self._hello_due = self._ping_due = self._pong_due = _NEVER
 
@@ -331,23 +360,64 @@ class Session:
         """Calls of this side that wait for their result; ``MAX_CALLS`` is the most."""
         return len(self._called)
 
-    def call(self, op: int, args: list[Any], payload: Buffer = b"") -> int:
-        """Ask for a filesystem operation; returns the id of its result. ``payload`` must not change."""
+    def call(self, op: int, args: list[Any], payload: Buffer | Run = b"") -> int:
+        """Ask for a filesystem operation; returns the id of its result. ``payload`` must not change.
+
+        A run stays the caller's, who may send it again in another session, and gives it back at the end.
+        """
         self._require_open()
         if len(self._called) >= MAX_CALLS:
             raise LocalProtocolError(f"{MAX_CALLS} calls are already waiting for a result")
         number = self._own_calls.last + 2
-        self._queue(messages.encode_call(number, op, args, payload, max_payload=self._max_payload))
-        self._called.add(self._own_calls.take())
+        run = None
+        if isinstance(payload, Run):
+            run, payload = self._reference(payload)
+        reference = None if run is None else [run.first, run.length]
+        self._queue(messages.encode_call(number, op, args, payload, reference, max_payload=self._max_payload))
+        if run is not None:
+            self._bulk.show(run)
+        self._called[self._own_calls.take()] = run
         return number
 
-    def result(self, number: int, errno: int, value: object, payload: Buffer = b"") -> None:
-        """Answer a call of the peer's. ``payload`` must not change."""
+    def _reference(self, run: Run) -> tuple[Run | None, bytes]:
+        """The run, if it can be referred to; else its content."""
+        if self._bulk.active and run.length >= INLINE_BELOW:
+            return run, b""
+        return None, bytes(run.content)
+
+    def result(self, number: int, errno: int, value: object, payload: Buffer | Run = b"") -> None:
+        """Answer a call of the peer's. ``payload`` must not change; a run is given away."""
         self._require_open()
         if number not in self._called_by_peer:
             raise LocalProtocolError(f"call {number} is not waiting for a result")
-        self._queue(messages.encode_result(number, errno, value, payload, max_payload=self._max_payload))
-        self._called_by_peer.remove(number)
+        if isinstance(payload, Run):
+            self._result_by_run(number, errno, value, payload)
+        else:
+            self._queue_result(number, errno, value, payload)
+        self.drop_call(number)
+
+    def _result_by_run(self, number: int, errno: int, value: object, payload: Run) -> None:
+        try:
+            run, content = self._reference(payload)
+            self._queue_result(number, errno, value, content, run)
+            if run is not None:
+                self._bulk.lend(run)
+        finally:
+            if payload.slots:
+                payload.give_back()
+
+    def _queue_result(
+        self, number: int, errno: int, value: object, payload: Buffer, run: Run | None = None
+    ) -> None:
+        reference = None if run is None else [run.first, run.length]
+        self._queue(
+            messages.encode_result(number, errno, value, payload, reference, max_payload=self._max_payload)
+        )
+
+    def drop_call(self, number: int) -> None:
+        """A call of the peer's is done with: nothing of it is read any more."""
+        if (loan := self._called_by_peer.pop(number, None)) is not None:
+            loan.release()
 
     # --- streams -----------------------------------------------------------------------------------
 
@@ -358,7 +428,7 @@ class Session:
             raise OpenRefused(ErrorCode.LIMIT, f"{MAX_STREAMS} streams are already open")
         stream = MuxedStream(self._own_ids.take(), self._window, self._send)
         stream.open(kind, args)
-        self._own_streams[stream.number] = stream
+        self._own_streams[stream.number] = self._by_header[stream.header] = stream
         return stream.number
 
     def accept(self, number: int) -> None:
@@ -370,6 +440,34 @@ class Session:
     def send_data(self, number: int, data: Buffer) -> None:
         """Queue ``data`` (not copied: it must not change) for when there is credit."""
         self._operate(number, lambda stream: stream.send_data(data))
+
+    def express(self, number: int, data: bytes) -> bytes | None:
+        """The frame with ``data`` of stream ``number``, to be written at once; None if something goes before it."""
+        if self.has_output or self.over:
+            return None
+        return None if (stream := self._find(number)) is None else stream.express(data)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the two sides have memory for payloads."""
+        return self._bulk.active
+
+    def take_run(self, number: int, size: int) -> Run | None:
+        """Room for up to ``size`` bytes of stream ``number``'s data in the plane's memory, if there is some for it."""
+        return self._bulk.take(size, self._stream(number).account, least=1)
+
+    def lends(self, number: int) -> bool:
+        """Whether the peer still reads runs of stream ``number``."""
+        return self._stream(number).account.lent > 0
+
+    def send_run(self, number: int, run: Run) -> None:
+        """Send ``run``, which is given away. Only when nothing else is queued for the stream."""
+        self._require_open()
+        stream = self._stream(number)
+        if not stream.drained:
+            raise LocalProtocolError(f"data on stream {number} out of its order")
+        stream.send_run([run.first, run.length])
+        self._bulk.lend(run, stream.account)
 
     def drop_unsent(self, number: int) -> None:
         """Forget what ``send_data`` queued and ``data_to_send`` has not yet returned."""
@@ -432,6 +530,7 @@ class Session:
         if stream.state is State.CLOSED:
             self._own_streams.pop(stream.number, None)
             self._peer_streams.pop(stream.number, None)
+            self._by_header.pop(stream.header, None)
             self._closed.append(stream.number)
 
     # --- what the peer's frames do -----------------------------------------------------------------
@@ -439,7 +538,19 @@ class Session:
     def _on_hello(self, frame: messages.Hello) -> Event:
         self.peer = frame
         self._hello_due, self._ping_due = _NEVER, self._now + self._heartbeat
+        offer = frame.bulk
+        if offer is not None and self._role is Role.HOST and self._bulk.accept(offer.extents, offer.mark):
+            self._send(messages.BulkBegin(self._bulk.busy()))
+            self._bulk.begin(offer.busy)
         return frame
+
+    def _on_bulk_begin(self, frame: messages.BulkBegin) -> None:
+        if self._hello.bulk is None or self._bulk.active:
+            raise RemoteProtocolError("the peer begins with memory that it was not offered")
+        self._bulk.begin(frame.busy)
+
+    def _on_free(self, frame: messages.Free) -> None:
+        self._bulk.freed(frame.slots)
 
     def _on_goodbye(self, frame: messages.Goodbye) -> Event:
         code = ErrorCode.parse(frame.code)
@@ -473,13 +584,20 @@ class Session:
         self._peer_calls.claim(frame.id)
         if len(self._called_by_peer) >= MAX_CALLS:
             raise RemoteProtocolError(f"more than {MAX_CALLS} calls at a time", ErrorCode.LIMIT)
-        self._called_by_peer.add(frame.id)
+        if frame.run is not None:
+            loan = self._bulk.receive(frame.run, answered=True)
+            frame = messages.Call(frame.id, frame.op, frame.args, loan.view, frame.run, loan)
+        self._called_by_peer[frame.id] = frame.loan
         return frame
 
     def _on_result(self, frame: messages.Result) -> Event:
         if frame.id not in self._called:
             raise RemoteProtocolError(f"a result of call {frame.id}, which is not pending")
-        self._called.remove(frame.id)
+        if (run := self._called.pop(frame.id)) is not None:
+            self._bulk.shown(run)
+        if frame.run is not None:
+            loan = self._bulk.receive(frame.run)
+            frame = messages.Result(frame.id, frame.errno, frame.value, loan.view, frame.run, loan)
         return frame
 
     def _on_open(self, frame: messages.Open) -> Event:
@@ -488,7 +606,7 @@ class Session:
             raise RemoteProtocolError(f"more than {MAX_STREAMS} streams at a time", ErrorCode.LIMIT)
         stream = MuxedStream(frame.stream, self._window, self._send)
         stream.receive(frame)
-        self._peer_streams[frame.stream] = stream
+        self._peer_streams[frame.stream] = self._by_header[stream.header] = stream
         return frame
 
     def _on_stream_frame(self, frame: StreamFrame) -> Event | None:
@@ -496,8 +614,21 @@ class Session:
         if stream is None:
             self._check_late(frame)
             return None
+        if isinstance(frame, messages.Data) and frame.run is not None:
+            return self._on_run(stream, frame.run)
         tell = stream.receive(frame)
         self._after(stream)
+        return frame if tell else None
+
+    def _on_run(self, stream: MuxedStream, reference: list[int]) -> Event | None:
+        loan = self._bulk.receive(reference)
+        frame = messages.Data(stream.number, loan.view, reference, loan)
+        tell = False
+        try:
+            tell = stream.receive(frame)
+        finally:
+            if not tell:
+                loan.release()
         return frame if tell else None
 
     def _check_late(self, frame: StreamFrame) -> None:
@@ -529,5 +660,7 @@ TRANSITIONS: Final[dict[tuple[Phase, type[AnyFrame]], tuple[_Action, Phase]]] = 
     (Phase.OPEN, messages.Credit): (Session._on_stream_frame, Phase.OPEN),
     (Phase.OPEN, messages.Eof): (Session._on_stream_frame, Phase.OPEN),
     (Phase.OPEN, messages.Reset): (Session._on_stream_frame, Phase.OPEN),
+    (Phase.OPEN, messages.BulkBegin): (Session._on_bulk_begin, Phase.OPEN),
+    (Phase.OPEN, messages.Free): (Session._on_free, Phase.OPEN),
     (Phase.OPEN, messages.Goodbye): (Session._on_goodbye, Phase.OVER),
 }

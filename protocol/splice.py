@@ -23,7 +23,7 @@ CHUNK = 64 * 1024
 ABORT_TIMEOUT = 2.0
 """Seconds to tell the far side of a reset; after that the stream is closed without."""
 
-_LINGER_NONE = struct.pack("ii", 1, 0)
+LINGER_NONE = struct.pack("ii", 1, 0)
 """struct linger {on, 0 s}: close() then sends RST instead of FIN (socket(7))."""
 
 
@@ -55,7 +55,7 @@ async def abort(stream: trio.abc.AsyncResource, code: ErrorCode, message: str) -
             if isinstance(stream, Resettable):
                 await stream.reset(code, message)
             elif isinstance(stream, trio.SocketStream):
-                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NONE)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # it is already gone, which is what we wanted
     await _close_now(stream)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
 
+from protocol.bulk import Account
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from protocol.frames import Buffer
-from protocol.messages import AnyFrame, Credit, Data, Eof, Open, Opened, Refused, Reset
+from protocol.frames import PREFIX, Buffer
+from protocol.messages import AnyFrame, Credit, Data, Eof, Open, Opened, Refused, Reset, data_header
 from protocol.window import ReceiveWindow, SendWindow
 
 # The most data of one stream in one frame; then it is the next stream's turn.
@@ -76,6 +77,9 @@ class MuxedStream:
         self._send_window = SendWindow()
         self._outgoing: deque[memoryview] = deque()
         self._eof_waits = False
+        self.account = Account()
+        self.header = data_header(number)
+        """Of a frame with this stream's data: what is sent and received by the thousand is not encoded each time."""
 
     # --- this side ---------------------------------------------------------------------------------
 
@@ -96,6 +100,27 @@ class MuxedStream:
         self._step(Input.SEND_DATA, None)
         if data:
             self._outgoing.append(memoryview(data))
+
+    def express(self, data: bytes) -> bytes | None:
+        """The frame with ``data``, if it may be sent now; it has been, then."""
+        if self._outgoing or self.state not in _SENDING or self._send_window.available < len(data):
+            return None
+        self._send_window.spend(len(data))
+        return PREFIX.pack(len(self.header), len(data)) + self.header + data
+
+    def receive_express(self, count: int) -> bool:
+        """Take ``count`` bytes of a ``Data`` frame; False if it is not as simple as that. Raises as ``receive``."""
+        if self.state not in _RECEIVING or not count:
+            return False
+        self._receive_window.receive(count)
+        return True
+
+    def send_run(self, reference: list[int]) -> None:
+        """Send data by reference (``bulk``), at once: it needs no credit. Only when nothing is queued."""
+        if self._eof_waits or self._outgoing:
+            raise LocalProtocolError(f"data on stream {self.number} out of its order")
+        self._step(Input.SEND_DATA, None)
+        self._send(Data(self.number, b"", reference))
 
     def drop_unsent(self) -> None:
         """Forget the data that was queued and not sent; an end that waited for it goes now."""
@@ -210,7 +235,8 @@ class MuxedStream:
     def _take_data(self, frame: Data) -> bool:
         if not frame.payload:
             raise RemoteProtocolError(f"stream {self.number}: a data frame without data")
-        self._receive_window.receive(len(frame.payload))
+        if frame.run is None:
+            self._receive_window.receive(len(frame.payload))
         return True
 
     def _drop_data(self, frame: Data) -> bool:
@@ -226,6 +252,9 @@ class MuxedStream:
         self._outgoing.clear()
         self._eof_waits = False
 
+
+_SENDING: Final = (State.OPEN, State.REMOTE_ENDED)
+_RECEIVING: Final = (State.OPEN, State.LOCAL_ENDED)
 
 _Action = Callable[[MuxedStream, Any], bool]
 _M = MuxedStream

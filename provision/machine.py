@@ -101,14 +101,25 @@ class SerialPort:
     socket: Path
 
 
+@dataclass(frozen=True, slots=True)
+class BulkMemory:
+    """Memory that host and guest share: a file of ``size`` bytes, which the guest has as ``/dev/pmem0``.
+
+    Whole MiB. The file is there, with that size, when QEMU opens it.
+    """
+
+    path: Path
+    size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """One boot of an instance. Paths are absolute, ``memory`` is in bytes and whole MiB.
 
     QEMU creates the sockets (``qmp`` and those of ``serial_ports``), so they are only as private as
     the folder they are in: that folder must be 0700. ``root`` is a qcow2 overlay that does not outlive
-    the boot, ``data`` and ``agent`` are raw; without ``data`` the machine has no data disk.
-    ``sandbox`` is for QEMUs built with seccomp.
+    the boot, ``data`` and ``agent`` are raw; without ``data`` the machine has no data disk, without
+    ``bulk`` no shared memory. ``sandbox`` is for QEMUs built with seccomp.
 
     Raises MachineError when the numbers or paths cannot work.
     """
@@ -125,6 +136,7 @@ class Machine:
     root: Path
     agent: Path
     data: Path | None = None
+    bulk: BulkMemory | None = None
     qmp: Path
     console: Path
     serial_ports: tuple[SerialPort, ...] = ()
@@ -138,9 +150,12 @@ class Machine:
             raise MachineError(f"A machine needs at least {MIN_MEMORY // MIB} MiB of memory.")
         if self.memory % MIB:
             raise MachineError("The memory of a machine must be whole MiB.")
-        for path in (self.kernel, self.initrd, self.root, self.agent, self.data, self.console):
+        bulk = self.bulk.path if self.bulk is not None else None
+        for path in (self.kernel, self.initrd, self.root, self.agent, self.data, bulk, self.console):
             if path is not None and not path.is_absolute():
                 raise MachineError(f"{path} must be an absolute path.")
+        if self.bulk is not None and (self.bulk.size <= 0 or self.bulk.size % MIB):
+            raise MachineError("The memory that a machine shares with its host must be whole MiB.")
         for socket in (self.qmp, *(port.socket for port in self.serial_ports)):
             _check_socket(socket)
 
@@ -190,12 +205,19 @@ class Machine:
         # fmt: off
         return [
             "-smp", str(self.cpus),
-            "-m", f"{self.memory // MIB}M",
+            "-m", self._memory(),
             "-kernel", str(self.kernel),
             "-initrd", str(self.initrd),
             "-append", self.kernel_cmdline,
         ]
         # fmt: on
+
+    def _memory(self) -> str:
+        # A virtio-pmem device is plugged behind the RAM; it takes address space of a region that only exists
+        # if there can be more memory than there is, and none of the slots of DIMMs.
+        if self.bulk is None:
+            return f"{self.memory // MIB}M"
+        return f"size={self.memory // MIB}M,maxmem={(self.memory + self.bulk.size) // MIB}M"
 
     def _control(self) -> list[str]:
         # fmt: off
@@ -247,6 +269,13 @@ class Machine:
             argv += ["-device", f"pcie-root-port,id=hotplug{number},chassis={number + 1},slot={number + 1}"]
         if _BOARDS[self.arch].has_vmgenid:
             argv += ["-device", "vmgenid,guid=auto"]
+        if self.bulk is not None:
+            # share: what either writes is in the file at once. Not preallocated here, since who made it did that.
+            argv += [
+                "-object", f"memory-backend-file,id=bulk,mem-path={escape(self.bulk.path)},share=on,prealloc=off,"
+                           f"size={self.bulk.size // MIB}M",
+                "-device", "virtio-pmem-pci,id=bulk-device,memdev=bulk",
+            ]
         # fmt: on
         return argv
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 
-from guest_agent.fuse import abi
+from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Request
 from guest_agent.fuse.volume import Volume
+from protocol.bulk import Loan
 from protocol.files import (
     Allocate,
     CopyRange,
@@ -26,39 +27,45 @@ async def open_(volume: Volume, request: Request) -> bytes:
     are the host's they need an open file there."""
     if not volume.host_locks:
         raise OSError(errno.ENOSYS, "")
-    flags = abi.parse_open(request.body)[0] & os.O_ACCMODE
+    flags = bodies.parse_open(request.body)[0] & os.O_ACCMODE
     unique = request.unique ^ volume.salt
     opened = await volume.host.ask(OpenForLocks(volume.share, unique, request.nodeid, flags))
-    return abi.open_out(opened.handle, abi.FOPEN_KEEP_CACHE)
+    return bodies.open_out(opened.handle, bodies.FOPEN_KEEP_CACHE)
 
 
-async def read(volume: Volume, request: Request) -> bytes:
-    _fh, offset, size, *_ = abi.parse_read(request.body)
+async def read(volume: Volume, request: Request) -> bytes | Loan:
+    _fh, offset, size, *_ = bodies.parse_read(request.body)
     ask = volume.host.ask(Read(volume.share, request.unique ^ volume.salt, request.nodeid, offset, size))
+    ask.may_lend = True
     await ask
-    return ask.received
+    return ask.received if ask.lent is None else ask.lent
 
 
 async def write(volume: Volume, request: Request) -> bytes:
-    _fh, offset, _size, write_flags, _owner, flags, view = abi.parse_write(request.body)
-    data = bytes(view)  # the buffer is read into again; this is the only copy of our own
+    _fh, offset, _size, write_flags, _owner, flags, view = bodies.parse_write(request.body)
+    # Without a run the buffer is read into again, and its content copied.
+    data = bytes(view) if request.run is None else request.run
     node = request.nodeid
     volume.written.add(node)
     # The kernel chose the offset of an append by what it knows of the size. Dirty pages of a mapping
     # (WRITE_CACHE) are where they are, however the file was opened.
-    append = bool(flags & os.O_APPEND) and not write_flags & abi.WRITE_CACHE
-    kill = bool(write_flags & abi.WRITE_KILL_SUIDGID)
+    append = bool(flags & os.O_APPEND) and not write_flags & bodies.WRITE_CACHE
+    kill = bool(write_flags & bodies.WRITE_KILL_SUIDGID)
     unique = request.unique ^ volume.salt
-    written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
+    try:
+        written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
+    finally:
+        if request.run is not None:
+            request.run.give_back()
     if written.offset != offset:
         await volume.drop_for_append(node)
     elif append:
         volume.adrift.discard(node)
-    return abi.write_out(written.size)
+    return bodies.write_out(written.size)
 
 
 async def fallocate(volume: Volume, request: Request) -> bytes:
-    _fh, offset, length, mode = abi.parse_fallocate(request.body)
+    _fh, offset, length, mode = bodies.parse_fallocate(request.body)
     node = request.nodeid
     volume.written.add(node)
     unique = request.unique ^ volume.salt
@@ -67,21 +74,21 @@ async def fallocate(volume: Volume, request: Request) -> bytes:
 
 
 async def lseek(volume: Volume, request: Request) -> bytes:
-    _fh, offset, whence = abi.parse_lseek(request.body)
+    _fh, offset, whence = bodies.parse_lseek(request.body)
     unique = request.unique ^ volume.salt
     position = await volume.host.ask(Seek(volume.share, unique, request.nodeid, offset, whence))
-    return abi.lseek_out(position.offset)
+    return bodies.lseek_out(position.offset)
 
 
 async def copy_file_range(volume: Volume, request: Request) -> bytes:
-    _fh, offset, to_node, _to_fh, to_offset, length, flags = abi.parse_copy_file_range(request.body)
+    _fh, offset, to_node, _to_fh, to_offset, length, flags = bodies.parse_copy_file_range(request.body)
     if flags:
         raise OSError(errno.EINVAL, "")
     volume.written.add(to_node)
     unique = request.unique ^ volume.salt
     call = CopyRange(volume.share, unique, request.nodeid, offset, to_node, to_offset, length)
     written = await volume.host.ask(call)
-    return abi.write_out(written.size)
+    return bodies.write_out(written.size)
 
 
 async def flush(volume: Volume, request: Request) -> bytes:
@@ -91,7 +98,7 @@ async def flush(volume: Volume, request: Request) -> bytes:
         volume.written.discard(node)
         volume.host.tell(Flushed(volume.share, 0, node), lasting=False)
     if volume.host_locks:
-        handle, owner = abi.parse_flush(request.body)
+        handle, owner = bodies.parse_flush(request.body)
         volume.lockers.pop((node, owner), None)
         unique = request.unique ^ volume.salt
         call = ReleaseOwner(volume.share, unique, node, handle, owner)
@@ -101,7 +108,7 @@ async def flush(volume: Volume, request: Request) -> bytes:
 
 def release(volume: Volume, request: Request) -> bytes:
     """The kernel waits for no answer. Handle 0: of CREATE, or before it knew that OPEN is not needed."""
-    handle, _flags, _release_flags, owner = abi.parse_release(request.body)
+    handle, _flags, _release_flags, owner = bodies.parse_release(request.body)
     if handle:
         node, unique = request.nodeid, request.unique ^ volume.salt
         for left in volume.take_lockers(node, handle):

@@ -2,7 +2,7 @@
 
 The laws:
 - The descriptor is non-blocking; reading waits for readiness, then drains, ``BATCH`` requests at most
-  before other tasks have their turn. There is one buffer, allocated once.
+  before other tasks have their turn. Where requests are read to is the ``Landing``'s business.
 - A reply is one write, which never waits, in any order and from any thread.
 - A handler that raises costs its caller EIO and us a line in the log, never the loop.
 - Nothing here touches the mount itself: a process that waits for its own answer ends in D state, and with
@@ -25,6 +25,7 @@ import trio
 from guest_agent.fdstore import StoredConnection
 from guest_agent.fuse import abi, mounting
 from guest_agent.fuse.abi import Negotiated, Opcode, Request
+from guest_agent.fuse.landing import Landing
 from guest_agent.fuse.mounting import MountSpec
 
 log = logging.getLogger(__name__)
@@ -90,28 +91,28 @@ class Connection:
         minor, flags = (self.negotiated.minor, self.negotiated.flags) if self.negotiated else (0, 0)
         return StoredConnection(self.spec.share, self.device, minor, flags, self.spec.host_locks)
 
-    async def serve(self, handle: Handle) -> None:
+    async def serve(self, handle: Handle, landing: Landing | None = None) -> None:
         """Read requests and pass them to ``handle`` until the file system is unmounted or aborted.
 
-        ``handle`` is called on trio's thread and must answer each request, then or later, with ``reply``
-        or ``fail``; not those of ``abi.NO_REPLY``. INIT and DESTROY are answered here.
+        ``landing`` is where they arrive, which all connections of a process share. ``handle`` is called on trio's
+        thread and must answer each request, then or later, with ``reply`` or ``fail``; not those of
+        ``abi.NO_REPLY``. INIT and DESTROY are answered here.
         """
-        buffer = bytearray(abi.BUFFER_BYTES)
-        with memoryview(buffer) as view:
-            while await self._drain(buffer, view, handle):
-                pass
+        landing = Landing() if landing is None else landing
+        while await self._drain(landing, handle):
+            pass
         log.info("fuse.end path=%s", self.spec.path)
 
-    async def _drain(self, buffer: bytearray, view: memoryview, handle: Handle) -> bool:
+    async def _drain(self, landing: Landing, handle: Handle) -> bool:
         """One batch; False if there will be no more."""
-        fd, buffers = self.fd, [buffer]
+        fd = self.fd
         try:
             await trio.lowlevel.wait_readable(fd)
         except (trio.ClosedResourceError, OSError):
             return False
         for _ in range(BATCH):
             try:
-                size = os.readv(fd, buffers)
+                request = landing.read(fd)
             except BlockingIOError:
                 return True
             except OSError as error:
@@ -120,11 +121,10 @@ class Connection:
                 if error.errno in _OVER:
                     return False
                 raise
-            self._dispatch(view[:size], handle)
+            self._dispatch(request, handle)
         return True
 
-    def _dispatch(self, message: memoryview, handle: Handle) -> None:
-        request = abi.parse_request(message)
+    def _dispatch(self, request: Request, handle: Handle) -> None:
         if request.resent:
             self._resent.add(request.unique)
         try:
@@ -136,6 +136,8 @@ class Connection:
                 handle(request)
         except Exception:
             log.exception("fuse.handler request=%r", request)
+            if request.run is not None and request.run.slots:
+                request.run.give_back()
             if request.opcode not in abi.NO_REPLY:
                 self.fail(request.unique, errno.EIO)
 

@@ -6,25 +6,30 @@ The laws:
 - While the host is away, callers wait, for ``PATIENCE`` in all; then all that wait get EIO, and so does at
   once whoever asks until it is back. ``lasting`` calls (a forgotten node, a released lock) are kept for it
   even then, though nobody waits.
-- Never more than ``MAX_CALLS`` calls and about ``MAX_FLYING`` bytes are on their way; the rest queues here.
-- A signal (INTERRUPT) changes nothing while there is a session: answers take milliseconds, and a read that
-  fails for a signal that kills nobody breaks programs. Without one, it ends with EINTR what was never sent
-  or changes nothing; what may have been done already goes on waiting for its outcome.
+- Never more than ``MAX_CALLS`` calls and about ``MAX_FLYING`` bytes are on their way, of which no share gets so
+  much that nothing is left for another; the rest queues here (``turns``).
+- A signal (INTERRUPT) that kills nobody changes nothing: a read that fails for one breaks programs. A caller that
+  is to be killed is let go, with EINTR: at once while the host is away, and within ``LOOK_AGAIN`` of a host that
+  is there and does not answer. What was never sent is then never asked. What was, and changes nothing, is asked
+  on: its answer may say what this side must know (a lookup that counts, data that is stale). What may have been
+  done already goes on waiting for its outcome.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from itertools import chain
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
 
+from guest_agent.fuse.callers import is_dying
 from guest_agent.fuse.operation import Resume, Wait
+from guest_agent.fuse.turns import Gate, Turns
 from protocol import codec
+from protocol.bulk import Loan, Run
 from protocol.errors import LinkError
 from protocol.files import FileCall
 from protocol.link import OnResult
@@ -41,29 +46,61 @@ included), shorter than the 120 s at which the kernel's watchdog takes a waiting
 
 MAX_FLYING: Final = 64 << 20
 """Bytes of payloads sent and not answered: a quarter of what the link may hold back, and a second of what
-virtio-serial moves."""
+virtio-serial moves. One share alone gets half."""
+
+LOOK_AGAIN: Final = 0.25
+"""Seconds between two looks at whether callers that have had a signal are to be killed: the kernel tells of the
+first signal only. Nothing is looked at while nobody has had one."""
+
+LetGo = Callable[[], None]
+"""Answers a request that nobody is going to wait for."""
 
 
 class Caller(Protocol):
     """Of ``protocol.link.Link``, what is needed here."""
 
-    def call(self, call: FileCall[Any], payload: bytes, on_result: OnResult) -> None: ...
+    def call(self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult) -> None: ...
 
 
 class Ask(Generic[ResultT]):
     """A call, from being asked to being answered: a ``Wait``. Awaited it is the result; raises ``OSError``."""
 
-    __slots__ = ("_host", "_resume", "call", "interrupted", "lasting", "payload", "received", "sent")
+    __slots__ = (
+        "_host",
+        "_resume",
+        "call",
+        "caller",
+        "lasting",
+        "lent",
+        "let_go",
+        "may_lend",
+        "payload",
+        "received",
+        "sent",
+        "share",
+        "size",
+        "unheard",
+    )
 
-    def __init__(self, host: Host, call: FileCall[ResultT], payload: bytes, lasting: bool) -> None:
-        self.call: Any = call  # every call has ``share`` and ``unique``, and mypy has no word for it
+    def __init__(self, host: Host, call: FileCall[ResultT], payload: bytes | Run, lasting: bool) -> None:
+        said: Any = call  # every call has ``share`` and ``unique``, and mypy has no word for it
+        self.call = said
+        self.share: int = said.share
         self.payload = payload
+        self.size = len(payload)
+        self.caller = host.caller
         self.lasting = lasting
         self.sent = False
         """In any session: it may have been done."""
-        self.interrupted = False
+        self.let_go: LetGo | None = None
+        """Of a caller that has had a signal."""
+        self.unheard = False
+        """The caller was let go: the request has had its answer, and the kernel will not take another."""
         self.received = b""
-        """The result's payload."""
+        """The result's payload, unless it is ``lent``..."""
+        self.lent: Loan | None = None
+        """...of a call that ``may_lend``: to be released by who asked."""
+        self.may_lend = False
         self._host = host
         self._resume: Resume | None = None
 
@@ -72,8 +109,15 @@ class Ask(Generic[ResultT]):
         if outcome.__class__ is int:
             raise OSError(outcome, "")
         if outcome.errno:
+            _release(outcome)
             raise OSError(outcome.errno, "")
-        self.received = outcome.payload
+        if outcome.loan is None:
+            self.received = outcome.payload
+        elif self.may_lend:
+            self.lent = outcome.loan
+        else:
+            self.received = bytes(outcome.payload)
+            outcome.loan.release()
         result: ResultT = codec.decode(self.call.RESULT, outcome.value)
         return result
 
@@ -92,27 +136,46 @@ class Ask(Generic[ResultT]):
         if (resume := self._resume) is not None:
             self._resume = None
             resume(outcome)
+        elif isinstance(outcome, Result):
+            _release(outcome)
 
     @property
-    def interruptible(self) -> bool:
-        return self.interrupted and not (self.sent and self.call.CHANGES)
+    def waiting(self) -> bool:
+        """Somebody waits for it."""
+        return self._resume is not None
+
+    @property
+    def may_end_early(self) -> bool:
+        return not (self.sent and self.call.CHANGES)
+
+
+def _release(result: Result) -> None:
+    if result.loan is not None:
+        result.loan.release()
 
 
 class Host:
     """The host of all shares, whether it is there or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_dying: Callable[[int], bool] = is_dying) -> None:
+        """``is_dying``: whether a thread, by its TID, is to be killed."""
+        self.caller = 0
+        """The thread whose request is being begun: it is the caller of all that is asked meanwhile. 0: none. (So
+        no request pays for a table of callers, which seldom anybody looks up.)"""
+        self._is_dying = is_dying
         self._link: Caller | None = None
         self._patient = True
         self._sent: dict[Ask[Any], None] = {}  # an ordered set
-        self._queue: deque[Ask[Any]] = deque()
-        self._flying = 0
-        self._came, self._left = trio.Event(), trio.Event()
+        self._turns: Turns[Ask[Any]] = Turns(MAX_CALLS, MAX_FLYING)
+        self._signalled: dict[Ask[Any], None] = {}
+        self._came, self._left, self._signal = trio.Event(), trio.Event(), trio.Event()
 
     # --- asking --------------------------------------------------------------------------------------
 
-    def ask(self, call: FileCall[ResultT], payload: bytes = b"", *, lasting: bool = False) -> Ask[ResultT]:
-        """To be awaited by an operation. ``payload`` must not change."""
+    def ask(
+        self, call: FileCall[ResultT], payload: bytes | Run = b"", *, lasting: bool = False
+    ) -> Ask[ResultT]:
+        """To be awaited by an operation. ``payload`` must not change; a run is the operation's to give back."""
         return Ask(self, call, payload, lasting)
 
     def tell(self, call: FileCall[Any], *, lasting: bool = True) -> None:
@@ -122,10 +185,10 @@ class Host:
 
     def enter(self, ask: Ask[Any]) -> None:
         """(For ``Ask``.) Send it as soon as there is a session, room, and nothing before it."""
-        if self._link is not None and not self._queue and self._has_room():
+        if self._link is not None and self._turns.begin(ask):
             self._send(ask)
         elif self._patient or ask.lasting:
-            self._queue.append(ask)
+            self._turns.wait(ask)
             if not self._patient:
                 ask.finish(errno.EIO)
         else:
@@ -134,17 +197,53 @@ class Host:
     def answered(self, ask: Ask[Any]) -> None:
         """(For ``Ask``.)"""
         del self._sent[ask]
-        self._flying -= len(ask.payload)
-        if self._queue:
+        self._turns.end(ask)
+        if self._turns.waiting:
             self._pump()
 
-    def interrupt(self, share: int, unique: int) -> None:
-        """Whoever waits for the calls of request ``unique`` has had a signal."""
-        for ask in chain(self._sent, self._queue):
-            if ask.call.share == share and ask.call.unique | 1 == unique | 1:
-                ask.interrupted = True
-        if self._link is None:
-            self._end_interrupted()
+    def gate(self, share: int) -> Gate:
+        """Closed while so much of ``share`` waits that no more should be taken from the kernel."""
+        return self._turns.gate(share)
+
+    # --- callers that die ----------------------------------------------------------------------------
+
+    def interrupt(self, share: int, unique: int, let_go: LetGo) -> None:
+        """Whoever waits for the calls of request ``unique`` has had a signal. ``let_go`` answers it with EINTR."""
+        for ask in chain(self._sent, self._turns):
+            if ask.share == share and ask.call.unique | 1 == unique | 1:
+                ask.let_go = let_go
+                self._signalled[ask] = None
+        if self._signalled:
+            self._signal.set()
+            if self._link is None:
+                self.let_the_dying_go()
+
+    async def watch_the_signalled(self) -> None:
+        """Look after callers that have had a signal; until cancelled."""
+        while True:
+            await self._signal.wait()
+            self._signal = trio.Event()
+            while self._signalled:
+                await trio.sleep(LOOK_AGAIN)
+                self.let_the_dying_go()
+
+    def let_the_dying_go(self) -> None:
+        """Whoever has had a signal and is to be killed waits no more, if possible."""
+        for ask in list(self._signalled):
+            if not (ask.waiting and ask.may_end_early):
+                del self._signalled[ask]
+            elif self._is_dying(ask.caller):
+                del self._signalled[ask]
+                self._let_go(ask)
+
+    def _let_go(self, ask: Ask[Any]) -> None:
+        if not ask.sent:
+            if not ask.lasting:
+                self._turns.remove(ask)
+            ask.finish(errno.EINTR)
+        elif ask.let_go is not None:
+            ask.unheard = True
+            ask.let_go()
 
     # --- sessions ------------------------------------------------------------------------------------
 
@@ -171,7 +270,7 @@ class Host:
             with trio.move_on_after(PATIENCE) as waiting:
                 await self._came.wait()
             if waiting.cancelled_caught:
-                log.warning("host.absent seconds=%g waiting=%d", PATIENCE, len(self._queue))
+                log.warning("host.absent seconds=%g waiting=%d", PATIENCE, self._turns.waiting)
                 self.give_up()
                 await self._came.wait()
             await self._left.wait()
@@ -181,39 +280,25 @@ class Host:
         if self._link is not None:
             return
         self._patient = False
-        waiting, self._queue = self._queue, deque(ask for ask in self._queue if ask.lasting)
-        for ask in waiting:
+        for ask in self._turns.clear(keep=lambda ask: ask.lasting):
             ask.finish(errno.EIO)
 
     def _lose(self) -> None:
         self._link = None
-        self._queue.extendleft(reversed(self._sent))
+        self._turns.end_all(self._sent)
         self._sent.clear()
-        self._flying = 0
         self._came = trio.Event()
         self._left.set()
-        self._end_interrupted()
-
-    def _end_interrupted(self) -> None:
-        ended = [ask for ask in self._queue if ask.interruptible]
-        for ask in ended:
-            if not ask.lasting:
-                self._queue.remove(ask)
-            ask.finish(errno.EINTR)
 
     # --- sending -------------------------------------------------------------------------------------
 
-    def _has_room(self) -> bool:
-        return len(self._sent) < MAX_CALLS and self._flying < MAX_FLYING
-
     def _pump(self) -> None:
-        while self._queue and self._link is not None and self._has_room():
-            self._send(self._queue.popleft())
+        while self._link is not None and (ask := self._turns.next()) is not None:
+            self._send(ask)
 
     def _send(self, ask: Ask[Any]) -> None:
         assert self._link is not None
         self._sent[ask] = None
-        self._flying += len(ask.payload)
         try:
             self._link.call(ask.call, ask.payload, ask.on_result)
         except LinkError:

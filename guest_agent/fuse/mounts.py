@@ -4,6 +4,8 @@ The laws:
 - One share that cannot be mounted is a sentence in its report, and no other's trouble.
 - A mount is served until the kernel says that nobody has it any more: what was unmounted lazily may still be
   in use by a container.
+- A share whose place stays keeps its superblock, whatever comes or goes around it and whether it may be written
+  to: two superblocks of one share would not know of each other's writes.
 - The descriptor of each mount is in systemd's store for as long as the mount is there. Only its end, or this
   agent's orderly one, takes it out: whatever else ends this process, a successor goes on.
 - A path may lead through a share of ours. Mounting is a worker thread's work, while this one serves.
@@ -15,19 +17,24 @@ import logging
 import os
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from zlib import crc32
 
 import trio
 
 from guest_agent import fdstore
 from guest_agent.fdstore import StoredConnection, StoredDescriptor
-from guest_agent.fuse import mounting
+from guest_agent.fuse import mountinfo, mounting
 from guest_agent.fuse.abi import Negotiated
 from guest_agent.fuse.device import Connection
 from guest_agent.fuse.filesystem import Filesystem
 from guest_agent.fuse.host import Host
-from guest_agent.fuse.mounting import Mount, MountError, MountSpec
+from guest_agent.fuse.landing import Landing
+from guest_agent.fuse.mountinfo import Mount
+from guest_agent.fuse.mounting import MountError, MountSpec
 from guest_agent.fuse.notifier import Notifiers
 from guest_agent.fuse.operation import Timers
 from guest_agent.fuse.volume import SALT_BITS, Volume
@@ -48,34 +55,69 @@ class Mounted:
     salt: int
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a successor must know of a mount: ``path_crc`` tells it from bind mounts of the same superblock."""
+
+    connection: StoredConnection
+    salt: int
+    path_crc: int | None = None
+
+
 def stored_name(mounted: Mounted) -> str:
-    """What a successor must know, as a descriptor's name."""
-    return f"{mounted.connection.stored_as().name()},salt={mounted.salt:x}"
+    """A ``Stored``, as a descriptor's name."""
+    crc = crc32(os.fsencode(mounted.share.path))
+    return f"{mounted.connection.stored_as().name()},salt={mounted.salt:x},path={crc:x}"
 
 
-def parse_stored_name(name: str) -> tuple[StoredConnection, int] | None:
-    """The connection and the salt; None for what is no ``stored_name``."""
+def parse_stored_name(name: str) -> Stored | None:
+    """None for what is no ``stored_name``."""
     connection = StoredConnection.parse(name)
-    salt = re.search(r",salt=([0-9a-f]+)", name)
-    return (connection, int(salt[1], 16)) if connection and salt else None
+    salt, crc = (re.search(rf",{key}=([0-9a-f]+)", name) for key in ("salt", "path"))
+    if connection is None or salt is None:
+        return None
+    return Stored(connection, int(salt[1], 16), int(crc[1], 16) if crc else None)
+
+
+def made_by_us(stored: Stored, mounts: Iterable[Mount]) -> Mount | None:
+    """The mount that was stored, among ``mounts``; None if it was taken off, and is at most in use somewhere."""
+    here = [
+        mount
+        for mount in mounts
+        if (mount.share, mount.device) == (stored.connection.share, stored.connection.device)
+    ]
+    # Others are bind mounts of it, those of Docker's volumes for one. Where a symlink leads to it, its path is
+    # another than that we know; then the first is taken, for a mount that was never detached comes before them.
+    ours = [mount for mount in here if crc32(os.fsencode(mount.path)) == stored.path_crc]
+    return next(iter(ours or here), None)
+
+
+def place(share: Share) -> Share:
+    """What must stay the same for a mount to stay: all but whether it may be written to."""
+    return replace(share, read_only=False)
 
 
 def disturbed(kept: Iterable[Share], changed: Iterable[str]) -> list[Share]:
     """Those of ``kept`` that are below a path where a mount comes or goes: it would hide them, or take them along."""
     paths = list(changed)
-    return [share for share in kept if any(mounting.is_below(share.path, path) for path in paths)]
+    return [share for share in kept if any(mountinfo.is_below(share.path, path) for path in paths)]
 
 
 class Mounts:
     """All mounts of this agent; ``nursery`` serves them."""
 
-    def __init__(self, host: Host, notifiers: Notifiers, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, host: Host, notifiers: Notifiers, nursery: trio.Nursery, landing: Landing | None = None
+    ) -> None:
+        """``landing``: where the requests of all mounts arrive."""
+        self._landing = Landing() if landing is None else landing
         self._host = host
         self._notifiers = notifiers
         self._nursery = nursery
         self._timers = Timers(nursery)
         self._current: dict[int, Mounted] = {}
-        self._volumes: dict[int, Volume] = {}
+        self._volumes: defaultdict[int, set[Volume]] = defaultdict(set)
+        """By share: more than one while a mount that was taken off is still in use."""
         self._failed: dict[str, str] = {}
         """Why the last attempt failed, by path."""
         self._arranging = trio.Lock()
@@ -84,24 +126,23 @@ class Mounts:
 
     def adopt(self, descriptors: Iterable[StoredDescriptor]) -> None:
         """Go on serving what was served by an agent that was killed. Takes the descriptors."""
-        mounts = mounting.mounted_shares(mounting.read_mounts())
+        mounts = mountinfo.mounted_shares(mountinfo.read_mounts())
         for descriptor in descriptors:
             if (parsed := parse_stored_name(descriptor.name)) is not None:
-                self._adopt(descriptor.fd, *parsed, mounts)
+                self._adopt(descriptor.fd, parsed, mounts)
             else:
                 # Nobody can serve it: better that its users get an error than that they wait for ever.
                 log.warning("mounts.unknown_descriptor name=%s", descriptor.name)
                 os.close(descriptor.fd)
                 fdstore.remove(descriptor.name)
 
-    def _adopt(self, fd: int, stored: StoredConnection, salt: int, mounts: list[Mount]) -> None:
-        here = [mount for mount in mounts if (mount.share, mount.device) == (stored.share, stored.device)]
-        # The first is the one that was made by us; others are bind mounts of it, those of Docker's volumes for one.
-        path, read_only = (here[0].path, here[0].read_only) if here else ("", False)
+    def _adopt(self, fd: int, kept: Stored, mounts: list[Mount]) -> None:
+        stored, here = kept.connection, made_by_us(kept, mounts)
+        path, read_only = (here.path, here.read_only) if here else ("", False)
         share = Share(stored.share, path, read_only, stored.host_locks)
         negotiated = Negotiated(stored.minor, stored.flags) if stored.minor else None
         connection = Connection.adopt(fd, _spec(share), negotiated, stored.device)
-        mounted = Mounted(share, connection, salt)
+        mounted = Mounted(share, connection, kept.salt)
         if here:
             self._current[share.id] = mounted
         self._nursery.start_soon(self._serve, mounted)
@@ -124,16 +165,26 @@ class Mounts:
 
     async def _arrange(self, shares: list[Share], reports: list[MountReport], done: trio.Event) -> None:
         async with self._arranging:
-            wanted, current = set(shares), {mounted.share for mounted in self._current.values()}
-            changed = [share.path for share in current ^ wanted if share.path not in self._failed]
-            kept = current & wanted
-            kept -= set(disturbed(kept, changed))
-            for share in mounting_order(current - kept, innermost_first=True):
-                await self._unmount(self._current[share.id])
-            result = {share: MountReport(share.id, MountStage.MOUNTED) for share in kept}
-            for share in mounting_order(wanted - kept):
-                result[share] = await self._try_to_mount(share, kept)
-            reports += [result[share] for share in shares]
+            wanted = {place(share): share for share in shares}
+            current = {place(mounted.share): mounted for mounted in self._current.values()}
+            changed = [one.path for one in current.keys() ^ wanted.keys() if one.path not in self._failed]
+            kept = current.keys() & wanted.keys()
+            moved = set(disturbed(kept, changed))
+            with ExitStack() as trees:
+                kept_trees: dict[Share, int] = {}
+                for one in mounting_order((current.keys() - kept) | moved, innermost_first=True):
+                    tree = await self._detach(one) if one in moved else None
+                    if tree is not None:
+                        trees.callback(os.close, tree)
+                        kept_trees[one] = tree
+                    else:
+                        await self._unmount(current[one])
+                result: dict[Share, MountReport] = {}
+                for one in mounting_order(kept - moved):
+                    result[one] = await self._keep(wanted[one])
+                for one in mounting_order(wanted.keys() - (kept - moved)):
+                    result[one] = await self._bring(wanted[one], kept_trees.get(one), kept - moved)
+            reports += [result[place(share)] for share in shares]
             done.set()
 
     async def unmount_all(self) -> None:
@@ -164,6 +215,49 @@ class Mounts:
         self._failed[share.path] = reason
         return MountReport(share.id, MountStage.FAILED, reason)
 
+    async def _bring(self, share: Share, tree: int | None, kept: set[Share]) -> MountReport:
+        """Mount ``share``, or attach again the ``tree`` that it was."""
+        if tree is None:
+            return await self._try_to_mount(share, kept)
+        try:
+            await trio.to_thread.run_sync(mounting.attach, tree, _spec(share))
+        except MountError as error:
+            log.warning("mounts.attach share=%d error=%s", share.id, error)
+            del self._current[share.id]
+            return await self._try_to_mount(share, kept)
+        return self._has_become(share)
+
+    async def _keep(self, share: Share) -> MountReport:
+        """A mount that is where it should be; perhaps not as it should be."""
+        mounted = self._current[share.id]
+        if mounted.share == share:
+            return MountReport(share.id, MountStage.MOUNTED)
+        try:
+            if await trio.to_thread.run_sync(mounting.set_read_only, share.path, share.read_only):
+                return self._has_become(share)
+            # Somebody writes. They go on with the mount that they have, and the host refuses; it has the last word.
+            with ExitStack() as trees:
+                trees.callback(os.close, tree := await trio.to_thread.run_sync(mounting.detach, share.path))
+                return await self._bring(share, tree, set())
+        except MountError as error:
+            log.warning("mounts.mode share=%d error=%s", share.id, error)
+        await self._unmount(mounted)
+        return await self._try_to_mount(share, set())
+
+    def _has_become(self, share: Share) -> MountReport:
+        """The mount of ``share`` is as that says now."""
+        self._current[share.id] = replace(self._current[share.id], share=share)
+        log.info("mounts.kept share=%d path=%s read_only=%s", share.id, share.path, share.read_only)
+        return MountReport(share.id, MountStage.MOUNTED)
+
+    async def _detach(self, share: Share) -> int | None:
+        """Make room around ``share``: a descriptor that keeps its mount. None: it cannot be kept."""
+        try:
+            return await trio.to_thread.run_sync(mounting.detach, share.path)
+        except MountError as error:
+            log.warning("mounts.detach share=%d error=%s", share.id, error)
+            return None
+
     async def _mount(self, share: Share) -> None:
         """Raises ``MountError``, and ``OSError`` if there is no /dev/fuse."""
         connection = await trio.to_thread.run_sync(_mount_afresh, _spec(share))
@@ -187,7 +281,7 @@ class Mounts:
     async def drop_names(self, notice: NamesGone) -> None:
         """Let the kernel forget names of files that the host has deleted."""
         await trio.lowlevel.checkpoint()
-        if (volume := self._volumes.get(notice.share)) is not None:
+        for volume in self._volumes[notice.share]:
             for parent, name in zip(notice.parents, notice.names, strict=False):
                 volume.drop_name(parent, name)
 
@@ -196,6 +290,7 @@ class Mounts:
     async def _serve(self, mounted: Mounted) -> None:
         share, connection = mounted.share, mounted.connection
         notifier = self._notifiers.attach(connection)
+        volumes = self._volumes[share.id]
         volume = Volume(
             share.id,
             self._host,
@@ -203,32 +298,48 @@ class Mounts:
             self._timers,
             salt=mounted.salt,
             host_locks=share.host_locks,
+            volumes=volumes,
         )
-        self._volumes[share.id] = volume
         try:
-            await connection.serve(Filesystem(connection, volume).handle)
+            await self._answer(connection, volume)
         except OSError:
             log.exception("mounts.broken share=%d path=%s", share.id, share.path)
         else:
             log.info("mounts.ended share=%d path=%s", share.id, share.path)
         finally:
-            if self._volumes.get(share.id) is volume:
-                del self._volumes[share.id]
+            volumes.discard(volume)
             self._notifiers.detach(notifier)
             connection.close()
         fdstore.remove(stored_name(mounted))
-        if self._current.get(share.id) is mounted:
-            await self._heal(mounted)
+        if self._is_current(connection):
+            await self._heal(connection)
 
-    async def _heal(self, mounted: Mounted) -> None:
+    async def _answer(self, connection: Connection, volume: Volume) -> None:
+        """Serve to the end, but take nothing more from the kernel while too much of it waits for the host.
+
+        Signals are not heard of meanwhile. Of what was not taken the kernel itself lets a killed caller go.
+        """
+        handle, gate, is_over = Filesystem(connection, volume).handle, self._host.gate(volume.share), False
+        while not is_over:
+            with gate.inside():
+                await connection.serve(handle, self._landing)
+                is_over = True
+            await gate.wait()
+
+    def _is_current(self, connection: Connection) -> bool:
+        mounted = self._current.get(connection.spec.share)
+        return mounted is not None and mounted.connection is connection
+
+    async def _heal(self, connection: Connection) -> None:
         """A mount has ended that should be there. If it was aborted (umount -f, /sys/fs/fuse/connections), it
         is replaced; if somebody took it away, that is what they want, until the host asks again."""
-        share = mounted.share
         async with self._arranging:
-            if self._current.get(share.id) is not mounted:
+            if not self._is_current(connection):
                 return
-            here = (share.id, mounted.connection.device)
-            aborted = any((mount.share, mount.device) == here for mount in mounting.read_mounts())
+            mounted = self._current[connection.spec.share]
+            share = mounted.share
+            here = (share.id, connection.device)
+            aborted = any((mount.share, mount.device) == here for mount in mountinfo.read_mounts())
             log.warning("mounts.lost share=%d path=%s aborted=%s", share.id, share.path, aborted)
             if aborted:
                 await self._unmount(mounted)

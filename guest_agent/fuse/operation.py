@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import trio
 
+from protocol.bulk import Loan
+
 log = logging.getLogger(__name__)
 
 Resume = Callable[[Any], None]
@@ -30,7 +32,8 @@ class Wait(Protocol):
         """Have ``resume`` called when it has come; at once is allowed."""
 
 
-Operation = Coroutine[Wait, Any, bytes]
+Operation = Coroutine[Wait, Any, bytes | Loan]
+"""Returns the bytes of its reply, or where they are: released when the kernel has them."""
 
 
 class Kernel(Protocol):
@@ -58,7 +61,12 @@ class _Running:
         try:
             self._operation.send(value).begin(self.resume)
         except StopIteration as done:
-            self._kernel.reply(self._unique, done.value)
+            reply = done.value
+            if reply.__class__ is Loan:
+                self._kernel.reply(self._unique, reply.view)
+                reply.release()
+            else:
+                self._kernel.reply(self._unique, reply)
         except OSError as error:
             self._kernel.fail(self._unique, error.errno or errno.EIO)
         except Exception:

@@ -15,9 +15,12 @@ import trio
 
 from host_agent import groups
 from host_agent.agentlog import FORMAT
+from host_agent.bulk_plane import plane
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.server import FileServer
+from host_agent.paths import InstancePaths
+from protocol.region import FILES
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--guest-socket", type=Path, required=True, help="QEMU's socket of the port")
     parser.add_argument("--control-fd", type=int, required=True, help="a connected stream socket")
     parser.add_argument("--store-fd", type=int, help="where descriptors outlive us: a SOCK_SEQPACKET socket")
+    parser.add_argument("--instance", type=Path, help="whose VM may share memory with us")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--hide", action="append", default=[], help="a directory that guests see empty")
     return parser.parse_args()
@@ -64,7 +68,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope)
-            server = FileServer(arguments.guest_socket, control, journal, arguments.hide, keepsakes)
+            bulk = None if arguments.instance is None else plane(FILES, InstancePaths(arguments.instance))
+            server = FileServer(arguments.guest_socket, control, journal, arguments.hide, keepsakes, bulk)
             await server.run()
             nursery.cancel_scope.cancel()
     finally:

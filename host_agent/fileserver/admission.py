@@ -32,11 +32,18 @@ class _Queue(Generic[ItemT]):
 
 
 class Admission(Generic[ItemT]):
-    """Calls ``begin`` with each item when there is room for its answer. ``backlog``: bytes the link has to write."""
+    """Calls ``begin`` with each item when there is room for its answer. ``backlog``: bytes the link has to write;
+    ``has_memory``: whether there is memory for so many."""
 
-    def __init__(self, begin: Callable[[ItemT], None], backlog: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[ItemT], None],
+        backlog: Callable[[], int],
+        has_memory: Callable[[int], bool] = lambda size: True,
+    ) -> None:
         self._begin = begin
         self._backlog = backlog
+        self._has_memory = has_memory
         self._queues: dict[Hashable, _Queue[ItemT]] = {}
         self._under_way = self._held = 0
 
@@ -79,7 +86,8 @@ class Admission(Generic[ItemT]):
         backlog = self._backlog()
         if not queue.under_way:
             return backlog <= MAX_ANSWERS
-        return queue.under_way + size <= MAX_OF_A_SHARE and self._under_way + backlog + size <= MAX_ANSWERS
+        fits = queue.under_way + size <= MAX_OF_A_SHARE and self._under_way + backlog + size <= MAX_ANSWERS
+        return fits and self._has_memory(size)
 
     def _admit(self, queue: _Queue[ItemT], size: int, item: ItemT) -> None:
         queue.under_way += size

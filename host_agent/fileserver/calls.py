@@ -5,6 +5,8 @@ The laws:
   and never stops the server. An answer for a session that is over goes nowhere, but what was done is remembered.
 - Before a batch of answers leaves, the journal has been written.
 - A call with a large answer begins when there is room for that (``Admission``); the others go on meanwhile.
+- What is read goes straight into memory that the guest has mapped, where there is such (``protocol.bulk``), and what
+  is written comes straight from it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from host_agent.fileserver.snapshots import PIECE
 from host_agent.fileserver.tree import Outcome
 from host_agent.fileserver.workers import Completions
 from protocol import codec, messages
+from protocol.bulk import Bulk, Run
 from protocol.errors import DecodeError, LocalProtocolError
 from protocol.files import ATTR, CALLS, MAX_DATA, Attributes, Entry, FileCall, Forget, List, Lookup, Read
 from protocol.link import Link
@@ -53,10 +56,11 @@ class _Job:
     """A call on its way through a thread; the last four fields are what comes of it."""
 
     call: FileCall[Any]
-    payload: bytes
+    payload: bytes | memoryview
     share: Share
     asker: Asker
     room: int  # bytes of the answer that it waits for, if those are many
+    run: Run | None = None  # where they go
     once: Once[Asker] | None = None  # where to tell, for a call that is done once
     key: CallKey = (0, 0)
     digest: int = 0
@@ -65,13 +69,15 @@ class _Job:
     errno: int = 0
     value: object = None
     result: object = None
-    content: bytes | bytearray | memoryview = b""
+    content: bytes | bytearray | memoryview | Run = b""
 
 
 class Calls:
     """Serves the calls of one guest after another. Belongs to trio's thread."""
 
-    def __init__(self, journal: Journal, shares: Mapping[int, Share]) -> None:
+    def __init__(self, journal: Journal, shares: Mapping[int, Share], bulk: Bulk | None = None) -> None:
+        """``bulk``: the memory of the link's payloads."""
+        self._bulk = Bulk() if bulk is None else bulk
         self._journal = journal
         self._shares = shares
         self._once: Once[Asker] = Once()
@@ -80,7 +86,9 @@ class Calls:
         self._link: Link | None = None
         self._waiting = self._waiting_bytes = 0
         self._admission: Admission[_Job] = Admission(
-            self._submit, lambda: 0 if self._link is None else self._link.backlog
+            self._submit,
+            lambda: 0 if self._link is None else self._link.backlog,
+            lambda size: not self._bulk.active or self._bulk.has_room(size),
         )
 
     def begin_guest(self, past: Ledger) -> None:
@@ -105,8 +113,10 @@ class Calls:
 
     def take(self, call: messages.Call) -> None:
         """A call has come."""
-        if self._link is None:
-            return  # nobody was told of any share yet, so whoever asks is not listening either
+        if self._link is None:  # nobody was told of any share yet, so whoever asks is not listening either
+            if call.loan is not None:
+                call.loan.release()
+            return
         asker = Asker(self._link, call.id)
         kind = CALLS.get(call.op)
         if kind is None:
@@ -145,6 +155,8 @@ class Calls:
 
     def _submit(self, job: _Job) -> None:
         if not job.room or self._shares.get(job.share.folder.id) is job.share:
+            if isinstance(job.call, Read) and job.asker.link is self._link:
+                job.run = self._bulk.take(job.room)
             job.share.workers.submit(lambda: self._work(job))
         else:  # its threads may have ended while it was held back
             job.errno = errno.ENODEV
@@ -201,7 +213,7 @@ class Calls:
             _give_back(job.share, job.counted)
         if job.once is not None and (precondition := tree.precondition(call)):
             self._journal.intent(job.key, job.digest, precondition)
-        return tree.perform(call, job.payload)
+        return tree.perform(call, job.payload if job.run is None else job.run)
 
     # --- answering ---------------------------------------------------------------------------------
 
@@ -227,6 +239,8 @@ class Calls:
             askers = job.once.done(job.key, Answer(job.digest, job.errno, job.value))
         for asker in askers:
             _answer(asker, job.errno, job.value, job.content)
+        if job.run is not None and job.run.slots:  # nothing came of it
+            job.run.give_back()
         if isinstance(job.result, Entry | Attributes) and job.result.stale:
             asked: Any = job.result if isinstance(job.result, Entry) else job.call
             job.share.alarm_told(asked.node)
@@ -254,7 +268,7 @@ def _give_back(share: Share, node: int) -> None:
 
 
 def _answer(
-    asker: Asker, error: int, value: object = None, payload: bytes | bytearray | memoryview = b""
+    asker: Asker, error: int, value: object = None, payload: bytes | bytearray | memoryview | Run = b""
 ) -> None:
     try:
         asker.link.answer(asker.number, error, value, payload)

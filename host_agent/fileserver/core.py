@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from host_agent.fileserver import signatures
+from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.datafiles import DataFiles
 from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.linux import Status, failure
@@ -19,6 +20,7 @@ from host_agent.fileserver.nodes import Node, Recorder
 from host_agent.fileserver.reach import Reach
 from host_agent.fileserver.seals import Seals
 from host_agent.fileserver.snapshots import Snapshots
+from protocol.bulk import Run
 from protocol.files import MAX_NAME, Entry
 
 
@@ -27,7 +29,7 @@ class Outcome:
     """What is sent back: a result of ``protocol.files``, and raw bytes."""
 
     value: object | None
-    payload: bytes = b""
+    payload: bytes | Run = b""
 
 
 def check_name(name: bytes) -> None:
@@ -56,20 +58,23 @@ class Core:
         next_node: Callable[[], int] | None,
         max_descriptors: int | None,
         keepsakes: ShareKeepsakes | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.read_only = read_only
         self.seals = seals
-        self.reach = Reach(recorder, next_node, seals, max_descriptors, keepsakes)
-        self.files = DataFiles(self.reach, read_only=read_only)
+        budget = budget or Budget()
+        self.reach = Reach(recorder, next_node, seals, budget, max_descriptors, keepsakes)
+        self.files = DataFiles(self.reach, budget, read_only=read_only)
         self.snapshots = Snapshots()
         self.is_root = os.geteuid() == 0
 
     @contextmanager
     def directory(self, number: int, *names: bytes) -> Iterator[Node]:
-        """A directory in which the guest may look at or change ``names``. Raises EACCES if it is sealed."""
+        """A directory in which the guest may look at or change ``names``. Raises EACCES if it is sealed, ESTALE if
+        it is not in the share any more."""
         for name in names:
             check_name(name)
-        node = self.reach.acquire(number)
+        node = self.reach.acquire_directory(number)
         try:
             if node.sealed:
                 raise failure(errno.EACCES)

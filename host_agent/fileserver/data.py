@@ -23,6 +23,7 @@ from host_agent.fileserver.linux import (
 from host_agent.fileserver.nodes import Node
 from host_agent.fileserver.signatures import giving, written
 from protocol.api import Done
+from protocol.bulk import Run
 from protocol.files import (
     MAX_DATA,
     Allocate,
@@ -73,6 +74,7 @@ class DataOperations:
     # --- reading -----------------------------------------------------------------------------------
 
     def read(self, call: Read, payload: object) -> Outcome:
+        """``payload`` may be the run to read into."""
         if call.offset < 0 or not 0 <= call.size <= MAX_DATA:
             raise failure(errno.EINVAL)
         node = self._reach.acquire(call.node)
@@ -80,7 +82,11 @@ class DataOperations:
             file = self._files.reader(node)
             try:
                 if node.base is None:
-                    giving(node, linux.fstatx(file.descriptor))
+                    device = self._reach.devices.of(node.key[0], file.descriptor)
+                    giving(node, linux.fstatx(file.descriptor), device.unsettled_ns)
+                if isinstance(payload, Run):
+                    payload.length = _read_into(payload.view[: call.size], file.descriptor, call.offset)
+                    return Outcome(Done(), payload)
                 return Outcome(Done(), _read_fully(file.descriptor, call.size, call.offset))
             finally:
                 self._files.release(file)
@@ -202,6 +208,16 @@ def _read_fully(descriptor: int, size: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def _read_into(view: memoryview, descriptor: int, offset: int) -> int:
+    """As ``_read_fully``, into ``view``; returns the number of bytes."""
+    count = 0
+    while count < len(view):
+        if not (more := os.preadv(descriptor, [view[count:]], offset + count)):
+            break
+        count += more
+    return count
 
 
 def _write_fully(descriptor: int, payload: bytes | memoryview, offset: int) -> int:

@@ -29,7 +29,7 @@ AskerT = TypeVar("AskerT")
 _COMPARED: Final = 4096
 
 
-def digest(op: int, arguments: object, payload: bytes) -> int:
+def digest(op: int, arguments: object, payload: bytes | memoryview) -> int:
     """A number for the content of a call."""
     said = msgpack.packb((op, arguments, len(payload)), unicode_errors="surrogateescape")
     return crc32(payload[:_COMPARED], crc32(said))

@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from host_agent.client import hello
+from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.calls import Calls
 from host_agent.fileserver.control import (
     GetShares,
@@ -35,6 +36,7 @@ from host_agent.fileserver.ledger import Kind, Ledger
 from host_agent.fileserver.nodes import Link as NameLink
 from host_agent.fileserver.shares import Share
 from host_agent.guest_link import GuestLink
+from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, RpcError
 from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, MountStage, NamesGone
 from protocol.files import Share as MountedShare
@@ -71,12 +73,15 @@ class FileServer:
         journal: Journal,
         hidden: Iterable[str] = (),
         keepsakes: Keepsakes | None = None,
+        bulk: Bulk | None = None,
     ) -> None:
+        """``bulk``: memory for payloads that the guest may have, too."""
         self._journal = journal
         self._keepsakes = Keepsakes() if keepsakes is None else keepsakes
         self._hidden = list(hidden)
+        self._budget = Budget()
         self._shares: dict[int, Share] = {}
-        self._calls = Calls(journal, self._shares)
+        self._calls = Calls(journal, self._shares, bulk)
         self._boot_id: str | None = None  # of the guest that was here last
         self._link: Link | None = None  # the session, from before its shares are mounted
         self._listed = self._told = 0  # the version of the list of shares, and the one the guest knows
@@ -96,6 +101,7 @@ class FileServer:
             max_payload=MAX_FILES_PAYLOAD,
             max_backlog=MAX_BACKLOG,
             pause_above=PAUSE_ABOVE,
+            bulk=bulk,
         )
         asked = Service()
         asked.on_request(ServeShares, self._serve_shares)
@@ -246,7 +252,7 @@ class FileServer:
         return opened
 
     def _open(self, folder: SharedFolder) -> Share:
-        share = Share(folder, self._journal, self._hidden, self._keepsakes.of(folder.id))
+        share = Share(folder, self._journal, self._hidden, self._keepsakes.of(folder.id), self._budget)
         self._nursery.start_soon(share.tend, self._to_announce.unpark_all, self._tell_gone)
         return share
 
@@ -286,9 +292,11 @@ class FileServer:
                 await self._to_announce.park()
 
     async def _look_after(self) -> None:
-        """Keep the journal small, and the store up to date."""
+        """Keep the journal small, the store up to date, and what waits behind a dead disk going."""
         while True:
             await trio.sleep(LOOK_INTERVAL)
+            for share in self._shares.values():
+                share.workers.relieve()
             self._keepsakes.flush()
             self._journal.flush()  # what was recorded on its own, not for an answer
             if self._journal.wants_compaction:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from host_agent.fileserver.attributes import AttributeOperations
+from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.core import Core, Outcome
 from host_agent.fileserver.data import DataOperations
 from host_agent.fileserver.judgement import Judgement
@@ -29,6 +30,7 @@ from host_agent.fileserver.root import Fullness, Root, Stage
 from host_agent.fileserver.seals import Seals
 from host_agent.fileserver.signatures import acknowledged
 from protocol.api import Done
+from protocol.bulk import Run
 from protocol.files import FileCall, Flushed, Forget
 
 __all__ = ["Identity", "Outcome", "Recorder", "RestoredNode", "Stage", "Tree", "TreeState"]
@@ -58,7 +60,8 @@ class Tree:
     ``path`` is absolute and without symlinks: none is followed. ``hidden`` are the paths of directories that the guest
     sees empty and cannot enter, and which it cannot move or replace, nor what leads to them.
     ``next_node`` gives out numbers that were never used before, greater than 1; by default the tree counts by itself.
-    ``max_descriptors`` bounds what is kept open to find files again (default: an eighth of RLIMIT_NOFILE).
+    ``max_descriptors`` bounds what is kept open to find files again; by default that is what ``budget`` says, which the
+    trees of a process share.
     ``keepsakes`` is where files without a name outlive this process.
     """
 
@@ -72,6 +75,7 @@ class Tree:
         next_node: Callable[[], int] | None = None,
         max_descriptors: int | None = None,
         keepsakes: ShareKeepsakes | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._core = core = Core(
             read_only=read_only,
@@ -80,6 +84,7 @@ class Tree:
             next_node=next_node,
             max_descriptors=max_descriptors,
             keepsakes=keepsakes,
+            budget=budget,
         )
         self._root = Root(os.fsencode(path), core)
         self._fullness = Fullness()
@@ -94,8 +99,9 @@ class Tree:
         self._judgement = Judgement(core, self.perform)
         self._root.check()
 
-    def perform(self, call: FileCall[Any], payload: bytes | memoryview = b"") -> Outcome:
-        """Do it. Raises ``OSError`` whose errno is the guest's answer; ENOSYS for a call that is not of this class."""
+    def perform(self, call: FileCall[Any], payload: bytes | memoryview | Run = b"") -> Outcome:
+        """Do it; ``Read`` into the run, if there is one. Raises ``OSError`` whose errno is the guest's answer; ENOSYS
+        for a call that is not of this class."""
         kind = type(call)
         method = self._methods.get(kind)
         if method is None:

@@ -42,9 +42,14 @@ async def test_both_ways_with_half_close(host: Link, address: str) -> None:
         await stream.send_all(b"question")
         await stream.send_eof()
         assert await everything(served) == b"question"
-        await served.send_all(b"answer" * 50_000)
-        await served.send_eof()
-        assert await everything(stream) == b"answer" * 50_000
+
+        async def answer() -> None:
+            await served.send_all(b"answer" * 50_000)
+            await served.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)  # more than all buffers on the way hold
+            assert await everything(stream) == b"answer" * 50_000
 
 
 async def test_a_server_that_half_closes_still_hears(host: Link) -> None:

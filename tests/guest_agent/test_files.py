@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import trio
 from trio.testing import MockClock
 
 from guest_agent import fdstore, files
-from guest_agent.files import FILES_PORT, main, transport_of
+from guest_agent.files import FILES_PORT, main
 from protocol import codec
 from protocol import files as calls
 from protocol.api import Done
@@ -362,14 +362,63 @@ async def test_a_share_inside_of_another_is_seen_whatever_the_order(guest: Guest
         assert await guest.run(f"ls {inner.path}") == "inside\n"
 
 
-async def test_a_read_only_share_becomes_writable(guest: Guest, host: Host) -> None:
+async def test_who_is_in_a_share_stays_in_it_when_another_is_mounted_around_it(
+    guest: Guest, host: Host
+) -> None:
+    outer, inner = Share(1, str(guest.path / "a")), Share(2, str(guest.path / "a" / "b"))
+    (host.folders[2].root / "f").write_text("old")
+    volume = guest.path / "volume"
+    volume.mkdir()
+    agent = guest.start()
+    async with host.session() as link:
+        await mount(link, inner)
+        guest.hear("READY=1")
+        await guest.run(f"mount --bind {inner.path} {volume}")  # as a container has it
+        async with in_the_middle(
+            guest,
+            f"cd {inner.path}; exec 5<f; cat f",
+            f"cat f; stat -c %d . {inner.path} {volume} | uniq | wc -l; stat -c %d {outer.path} . | uniq | wc -l",
+        ) as go_on:
+            assert await mount(link, outer, inner) == mounted(1, 2)
+            await guest.run(f"printf new > {inner.path}/f")
+            assert await go_on() == "oldnew1\n2\n"
+        await guest.run(
+            f"mkdir {inner.path}/d && mount -t tmpfs other {inner.path}/d && touch {inner.path}/d/t"
+        )
+        assert await mount(link, inner) == mounted(2)
+        assert await guest.run(f"ls {inner.path} {inner.path}/d") == (
+            f"{inner.path}:\nd\nf\n\n{inner.path}/d:\nt\n"
+        )
+        await guest.run(f"umount {inner.path}/d")
+        agent.kill()
+        agent.wait(timeout=20)
+    guest.start()
+    async with host.session() as link:
+        assert await mount(link, inner) == mounted(2)
+        assert sorted(await mounts_of(guest)) == [inner.path, str(volume)]
+
+
+async def test_a_share_becomes_read_only_and_writable_in_its_place(guest: Guest, host: Host) -> None:
     place = str(guest.path / "a")
+    (host.folders[1].root / "f").touch()
     guest.start()
     async with host.session() as link:
         assert await mount(link, Share(1, place, read_only=True)) == mounted(1)
         assert "Read-only file system" in await guest.run(f"touch {place}/f", check=False)
-        assert await mount(link, Share(1, place)) == mounted(1)
-        await guest.run(f"touch {place}/f")
+        async with in_the_middle(guest, f"cd {place}; stat -c %d .", "echo >>f; stat -c %d .") as go_on:
+            assert await mount(link, Share(1, place)) == mounted(1)
+            before, after = (await go_on()).split()
+        assert before == after
+        async with in_the_middle(
+            guest, f"cd {place}; exec 5>>f; stat -c %d .", f"echo >&5; stat -c %d {place}"
+        ) as go_on:
+            # A file is open for writing: its user goes on, if the host lets it, and nobody else may.
+            assert await mount(link, Share(1, place, read_only=True)) == mounted(1)
+            assert "Read-only file system" in await guest.run(f"touch {place}/f", check=False)
+            before, after = (await go_on()).split()
+        assert before == after
+        assert await mounts_of(guest) == [place]
+    assert (host.folders[1].root / "f").read_text() == "\n\n"
 
 
 async def test_a_mount_that_was_aborted_is_replaced(guest: Guest, host: Host) -> None:
@@ -472,6 +521,83 @@ async def in_background(guest: Guest, script: str) -> Callable[[], Any]:
     return result
 
 
+@asynccontextmanager
+async def in_the_middle(guest: Guest, first: str, then: str) -> AsyncIterator[Callable[[], Awaitable[str]]]:
+    """A block in the middle of a script, which waits before ``then``; what it is given has it go on, and is its
+    output."""
+    fifo, here = guest.path / "go", guest.path / "here"
+    os.mkfifo(fifo)
+    result = await in_background(guest, f"{{ {first}; touch {here}; read; {then}; }} <{fifo}")
+    async with await trio.open_file(fifo, "w") as go:
+        await trio.to_thread.run_sync(lambda: wait_for(here.exists))
+
+        async def go_on() -> str:
+            await go.write("\n")
+            await go.flush()
+            return str(await result())
+
+        yield go_on
+    fifo.unlink()
+    here.unlink()
+
+
+OPEN_WITH_ALARM = """
+import ctypes, os, signal, sys
+taken = []
+signal.signal(signal.SIGALRM, lambda *_: taken.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+fd = ctypes.CDLL(None, use_errno=True).open(sys.argv[1].encode(), os.O_RDONLY)  # without Python's second attempt
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(os.read(fd, 100) if fd >= 0 else os.strerror(ctypes.get_errno()), bool(taken))
+"""
+
+
+async def test_a_signal_with_a_handler_fails_nothing_while_the_host_is_away(guest: Guest, host: Host) -> None:
+    place, share = guest.path / "a", Share(1, str(guest.path / "a"))
+    (host.folders[1].root / "f").write_text("data")
+    (guest.path / "open.py").write_text(OPEN_WITH_ALARM)
+    guest.start()
+    host.held = {"Lookup"}
+    async with host.session() as link:
+        await mount(link, share)
+        result = await in_background(guest, f"{sys.executable} {guest.path}/open.py {place}/f")
+        await host.holds(1)
+    await trio.sleep(1)  # several looks at the caller
+    host.held = set()
+    async with host.session() as link:
+        await mount(link, share)
+        assert await result() == "b'data' True\n"
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_who_is_killed_waits_for_no_host(guest: Guest, host: Host, away: bool) -> None:
+    """Another signal has come before: the kernel says nothing of the second."""
+    place, share, folder = guest.path / "a", Share(1, str(guest.path / "a")), host.folders[1]
+    (folder.root / "f").write_text("data")
+    guest.start()
+    host.held = {"Lookup"}
+    pid = guest.path / "pid"
+    async with host.session() as link:
+        await mount(link, share)
+        result = await in_background(guest, f"(echo $BASHPID >{pid}; exec stat {place}/f) & wait $!; echo $?")
+        await host.holds(1)
+        os.kill(caller := int(pid.read_text()), signal.SIGSTOP)
+        await trio.sleep(0.5)
+        if not away:
+            os.kill(caller, signal.SIGKILL)
+            assert await result() == "137\n"
+            assert folder.forgotten == set()
+            link.answer(host.kept[0].id, *host.perform(host.kept[0]))  # late, and counted for nobody
+            await trio.to_thread.run_sync(lambda: wait_for(lambda: folder.forgotten == {"f"}))
+    if away:
+        os.kill(caller, signal.SIGKILL)
+        assert await result() == "137\n"
+    host.held = set()
+    async with host.session() as link:
+        await mount(link, share)
+        assert await guest.run(f"cat {place}/f") == "data"
+
+
 async def test_a_call_in_flight_survives_its_session(guest: Guest, host: Host) -> None:
     place, root = guest.path / "a", host.folders[1].root
     (root / "log").touch()
@@ -553,11 +679,10 @@ async def test_a_boot_goes_on_without_a_host(
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert transport_of([]).args == (FILES_PORT,)  # type: ignore[attr-defined]
-    assert transport_of(["/dev/vport1p2"]).args == (Path("/dev/vport1p2"),)  # type: ignore[attr-defined]
-    assert transport_of(["--connect-unix", "s"]).args == ("s",)  # type: ignore[attr-defined]
     assert main(["--help"]) == 2
-    assert "usage:" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: python3 -m guest_agent.files [PORT" in said
+    assert f"(default: {FILES_PORT})" in said
 
 
 def test_the_agent_imports_nothing_slow() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import tty
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from guest_agent import transports
-from guest_agent.transports import BACKOFF_MOST, PortStream, open_port
+from guest_agent.transports import BACKOFF_MOST, OpenTransport, PortStream, open_port, run_agent, transport_of
 
 
 class Port:
@@ -143,3 +144,63 @@ async def test_a_port_that_is_busy_or_late_is_waited_for(
 async def test_what_cannot_be_a_port_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         await open_port(tmp_path)
+
+
+# --- the command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["/dev/vport0p1"]])
+async def test_a_port_is_what_is_named_or_the_usual_one(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def note(path: Path) -> Path:
+        await trio.lowlevel.checkpoint()
+        return path
+
+    monkeypatch.setattr(transports, "open_port", note)
+    open_transport = transport_of(arguments, Path("/dev/usual"))
+    assert open_transport is not None
+    assert await open_transport() == Path(arguments[0] if arguments else "/dev/usual")
+
+
+async def test_a_socket_stands_in_for_a_port(tmp_path: Path) -> None:
+    listening = trio.socket.socket(trio.socket.AF_UNIX)
+    await listening.bind(str(tmp_path / "socket"))
+    listening.listen(1)
+    open_transport = transport_of(["--connect-unix", str(tmp_path / "socket")], Path("/dev/usual"))
+    assert open_transport is not None
+    async with trio.SocketListener(listening) as listener, await open_transport() as ours:
+        async with await listener.accept() as theirs:
+            await theirs.send_all(b"hello")
+            assert await ours.receive_some() == b"hello"
+
+
+@pytest.mark.parametrize("wrong", [["--connect-unix"], ["--help"], ["a", "b"]])
+def test_what_makes_no_sense_is_answered_with_what_does(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def never(open_transport: OpenTransport) -> None:
+        raise AssertionError("it was started")
+
+    assert run_agent(wrong, "an.agent", Path("/dev/usual"), never) == 2
+    said = capsys.readouterr().err
+    assert "usage: python3 -m an.agent [PORT | --connect-unix PATH]" in said
+    assert "(default: /dev/usual)" in said
+
+
+@pytest.mark.parametrize(("word", "level"), [("", logging.INFO), ("debug", logging.DEBUG)])
+def test_an_agent_is_run_with_its_transport_and_logs_what_it_was_asked_to(
+    word: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[int] = []
+    monkeypatch.setenv("AGENTCTL_LOG", word)
+    monkeypatch.setattr(logging, "basicConfig", lambda *, level, **_: levels.append(level))
+    given: list[OpenTransport] = []
+
+    async def run(open_transport: OpenTransport) -> None:
+        await trio.lowlevel.checkpoint()
+        given.append(open_transport)
+
+    assert run_agent([], "an.agent", Path("/dev/usual"), run) == 0
+    assert len(given) == 1
+    assert levels == [level]

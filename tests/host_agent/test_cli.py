@@ -248,6 +248,8 @@ def test_the_status_of_a_stopped_instance_is_json_that_scripts_can_rely_on(insta
         "mounts_working": 0,
         "file_server_pid": 0,
         "file_server_restarts": 0,
+        "bulk_memory": 0,
+        "bulk_reason": "",
     }
     assert agentctl("status", "--json").stdout == done.stdout
 

@@ -94,6 +94,19 @@ def test_flags_change_what_they_name() -> None:
     assert Wishes(mounts=()).applied(ASKED).mounts == ()
 
 
+def test_shared_memory_is_usual_and_its_absence_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    without = Wishes(bulk=False).applied(ASKED)
+    assert (ASKED.bulk, without.bulk) == (True, False)
+    config.save(path, without)
+    assert Wishes().applied(config.load(path, HOST)).bulk is False
+    assert Wishes(bulk=True).applied(config.load(path, HOST)).bulk is True
+    old = json.loads(path.read_bytes())
+    del old["bulk"]
+    path.write_text(json.dumps(old))
+    assert config.load(path, HOST).bulk is True
+
+
 @pytest.mark.parametrize(
     "content",
     [

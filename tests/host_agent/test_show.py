@@ -128,6 +128,9 @@ def test_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
         ({}, "mounts none"),
         ({"mounts": 2, "mounts_working": 2}, "mounts 2\n"),
         ({"mounts": 2, "mounts_working": 1}, "mounts 1 of 2 work; see: agentctl mounts"),
+        ({}, "bulk data inline\n"),
+        ({"bulk_memory": 64 << 20}, "bulk data shared memory, 64 MiB\n"),
+        ({"bulk_reason": "asked for with --no-bulk"}, "bulk data inline (asked for with --no-bulk)\n"),
     ],
 )
 def test_what_is_unusual_is_said(

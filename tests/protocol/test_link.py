@@ -316,8 +316,9 @@ async def test_a_slow_reader_slows_its_writer_and_nobody_else(autojump_clock: tr
         assert sent == INITIAL_WINDOW
         await lively.send_all(b"ping")
         assert await lively.receive_some() == b"ping"
-        assert len(streams[0]._received) == INITIAL_WINDOW
-        await streams[0].receive_some()
+        received = 0
+        while received < INITIAL_WINDOW // 2:  # then there is credit again
+            received += len(await streams[0].receive_some())
         await stuck.send_all(b"goes on")
 
 

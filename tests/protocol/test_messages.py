@@ -9,7 +9,9 @@ from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.frames import Frame, FrameDecoder
 
 ONE_OF_EACH: list[messages.AnyFrame] = [
-    messages.Hello(1, 2, "d1g357", "boot", ["a", "b"], "host"),
+    messages.Hello(
+        1, 2, "d1g357", "boot", ["a", "b"], "host", messages.BulkOffer([4096, 8192], b"mark", b"\x03")
+    ),
     messages.Ping(1),
     messages.Pong(1),
     messages.Request(2, "status", [1, "x"], 1.5),
@@ -27,6 +29,14 @@ ONE_OF_EACH: list[messages.AnyFrame] = [
     messages.Goodbye("gone", "bye"),
     messages.Call(1, 31, [7, 8, 9, 0, False, False], b"\x00\xff"),
     messages.Result(1, 0, [2, 0, bytes(88), False], b"\x00\xff"),
+    messages.BulkBegin(b"\x00\x01"),
+    messages.Free(b"\xff"),
+]
+
+BY_REFERENCE: list[messages.AnyFrame] = [
+    messages.Data(1, b"", [7, 5000]),
+    messages.Call(1, 31, [7, 8], b"", [0, 1 << 20]),
+    messages.Result(1, 0, [2], b"", [63, 1]),
 ]
 
 
@@ -38,7 +48,7 @@ def through_the_wire(frame: messages.AnyFrame) -> messages.AnyFrame:
     return messages.decode(raw)
 
 
-@pytest.mark.parametrize("frame", ONE_OF_EACH, ids=lambda frame: type(frame).__name__)
+@pytest.mark.parametrize("frame", ONE_OF_EACH + BY_REFERENCE, ids=lambda frame: type(frame).__name__)
 def test_every_frame_comes_back(frame: messages.AnyFrame) -> None:
     assert through_the_wire(frame) == frame
 
@@ -47,7 +57,7 @@ def test_there_is_one_of_each() -> None:
     assert [type(frame) for frame in ONE_OF_EACH] == list(messages.TYPES.values())
 
 
-@pytest.mark.parametrize("header", [[], {}, 1, None, "x", [0], [19], [-1], ["1"], [None], [True], [1.0]])
+@pytest.mark.parametrize("header", [[], {}, 1, None, "x", [0], [21], [-1], ["1"], [None], [True], [1.0]])
 def test_an_unknown_type_is_the_peers_error(header: Any) -> None:
     with pytest.raises(RemoteProtocolError):
         messages.decode(Frame(header, b""))
@@ -86,8 +96,29 @@ def test_only_data_calls_and_results_have_a_payload(header: list[Any], name: str
         ([18, 1, 5, None], messages.Result(1, 5, None, b"payload")),
     ],
 )
-def test_a_payload_is_not_taken_from_the_header(header: list[Any], frame: messages.AnyFrame) -> None:
-    assert messages.decode(Frame([*header, b"header"], b"payload")) == frame
+def test_what_a_later_version_adds_is_ignored(header: list[Any], frame: messages.AnyFrame) -> None:
+    assert messages.decode(Frame([*header, None, b"of the future"], b"payload")) == frame
+
+
+@pytest.mark.parametrize("header", [[12, 1], [17, 1, 30, []], [18, 1, 5, None]])
+@pytest.mark.parametrize(
+    "run",
+    [b"payload", "x", 7, True, {}, [], [1], [1, 2, 3], ["1", 2], [1, None], [True, 1], [1.0, 2], [[1], 2]],
+)
+def test_what_is_no_reference_is_the_peers_error(header: list[Any], run: object) -> None:
+    with pytest.raises(RemoteProtocolError, match="no reference"):
+        messages.decode(Frame([*header, run], b""))
+
+
+@pytest.mark.parametrize("header", [[12, 1], [17, 1, 30, []], [18, 1, 5, None]])
+def test_a_payload_is_in_the_frame_or_elsewhere_and_not_both(header: list[Any]) -> None:
+    with pytest.raises(RemoteProtocolError, match="no reference"):
+        messages.decode(Frame([*header, [1, 2]], b"payload"))
+
+
+def test_a_peer_that_knows_nothing_of_memory_says_hello_all_the_same() -> None:
+    old = Frame([1, 1, 2, "digest", "boot", [], "name"], b"")
+    assert messages.decode(old) == messages.Hello(1, 2, "digest", "boot", [], "name", None)
 
 
 def test_the_limit_of_a_payload_is_the_links() -> None:

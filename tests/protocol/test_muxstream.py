@@ -50,8 +50,8 @@ class Wire:
 
     def tell(self, stream: MuxStream, event: object) -> None:
         match event:
-            case Data(payload=payload):
-                stream.on_data(payload)
+            case Data(payload=payload, loan=loan):
+                stream.on_data(payload, loan)
             case Eof():
                 stream.on_eof()
             case Credit():

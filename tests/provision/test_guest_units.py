@@ -75,6 +75,23 @@ def test_mounts_are_everybodys_and_outlive_the_agent() -> None:
     assert not private & set(files["Service"])
 
 
+def test_shared_memory_is_mounted_by_the_initrd_and_outlives_the_agents() -> None:
+    init = (GUEST / "usr/lib/agentctl/init").read_text()
+    assert {"virtio_pmem", "nd_pmem"} <= set(recipe.load().initrd_modules)
+    command = next(line.split() for line in init.splitlines() if "/dev/pmem0 /root/run" in line)
+    assert command[command.index("/dev/pmem0") + 1] == "/root/run/agentctl/bulk"
+    options = set(command[command.index("-o") + 1].split(","))
+    assert {"dax=always", "nosuid", "nodev", "noexec"} <= options
+    # It goes on without: nothing between the test for the device and its end can end the script.
+    block = init.partition("if [ -b /dev/pmem0 ]")[2].partition("\nfi\n")[0]
+    assert "exit" not in block
+    for agent in ("agentctl-agent.service", "agentctl-files.service"):
+        assert "run-agentctl-bulk.mount" in unit(agent).words("After")
+        assert not any(
+            "bulk" in word for key in ("Requires", "Wants", "BindsTo") for word in unit(agent).words(key)
+        )
+
+
 def test_every_script_of_the_guest_can_be_run() -> None:
     scripts = [path for path in (GUEST / "usr/lib/agentctl").iterdir() if path.is_file()]
     assert scripts

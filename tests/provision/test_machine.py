@@ -17,6 +17,7 @@ from provision.machine import (
     MIB,
     Accelerator,
     Arch,
+    BulkMemory,
     Machine,
     MachineError,
     SerialPort,
@@ -135,6 +136,21 @@ def test_what_is_optional_leaves_nothing_behind() -> None:
         assert not [word for word in argv if absent in word]
 
 
+def test_shared_memory_is_the_last_device_and_has_address_space() -> None:
+    """Behind all others, so that nothing has another address or name with it than without."""
+    machine = dataclasses.replace(MACHINE, bulk=BulkMemory(Path("/proc/7/fd/8"), 64 * MIB))
+    argv = machine.argv(Path("/usr/bin/qemu-system-x86_64"))
+    plain = golden("kvm", "host", CMDLINE)
+    plain[plain.index("-m") + 1] = "size=2048M,maxmem=2112M"
+    # fmt: off
+    assert argv == [
+        *plain,
+        "-object", "memory-backend-file,id=bulk,mem-path=/proc/7/fd/8,share=on,prealloc=off,size=64M",
+        "-device", "virtio-pmem-pci,id=bulk-device,memdev=bulk",
+    ]
+    # fmt: on
+
+
 def test_another_architecture_has_its_own_board() -> None:
     machine = dataclasses.replace(MACHINE, arch=Arch.AARCH64, accelerator=Accelerator.HVF)
     argv = machine.argv(Path("/q"))
@@ -163,6 +179,7 @@ def test_commas_are_doubled_where_qemu_splits_and_only_there() -> None:
         root=odd / "root",
         agent=odd / "agent",
         data=odd / "data",
+        bulk=BulkMemory(odd / "bulk", MIB),
         qmp=odd / "qmp",
         console=odd / "console",
         serial_ports=(SerialPort("p", odd / "port"),),
@@ -171,7 +188,7 @@ def test_commas_are_doubled_where_qemu_splits_and_only_there() -> None:
     plain = [word for word in argv if "/a,b/" in word]
     assert plain == ["/a,b/qemu", "/a,b/kernel", "/a,b/initrd"]
     doubled = [word.split("/a,,b/")[1].split(",")[0] for word in argv if "/a,,b/" in word]
-    assert doubled == ["qmp", "console", "root", "agent", "data", "port"]
+    assert doubled == ["qmp", "console", "root", "agent", "data", "port", "bulk"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +200,9 @@ def test_commas_are_doubled_where_qemu_splits_and_only_there() -> None:
         ({"memory": 512 * MIB + 1}, "whole MiB"),
         ({"kernel": Path("kernel")}, "absolute"),
         ({"data": Path("data.img")}, "absolute"),
+        ({"bulk": BulkMemory(Path("bulk"), MIB)}, "absolute"),
+        ({"bulk": BulkMemory(Path("/b"), MIB + 1)}, "whole MiB"),
+        ({"bulk": BulkMemory(Path("/b"), 0)}, "whole MiB"),
         ({"qmp": Path("qmp.sock")}, "absolute"),
         ({"qmp": Path("/" + "x" * MAX_SOCKET_PATH)}, "104 bytes long; 103 is the limit"),
         ({"qmp": Path("/" + "ü" * 60)}, "121 bytes long"),
@@ -218,6 +238,7 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
     for name in ("initrd", "agent.tar", "data.img"):
         (home / name).write_bytes(bytes(1 << 20))
     (home / "agent.tar").chmod(0o400)
+    (home / "bulk").write_bytes(bytes(64 * MIB))
     (home / "kernel").write_bytes(_kernel_image())
     create = ["qemu-img", "create", "-q", "-f", "qcow2", "root.qcow2", "1M"]
     subprocess.run(create, cwd=home, check=True, timeout=60)
@@ -231,17 +252,18 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
         root=home / "root.qcow2",
         agent=home / "agent.tar",
         data=home / "data.img",
+        bulk=BulkMemory(home / "bulk", 64 * MIB),
         qmp=home / "q",
         console=home / "c",
         serial_ports=(SerialPort("org.agentctl.control", home / "p"),),
     )
     argv = [*machine.argv(Path("qemu-system-x86_64")), "-S", "-qmp", "stdio"]
-    commands = ("qmp_capabilities", "query-block", "query-uuid", "query-chardev", "quit")
-    script = "".join(json.dumps({"execute": command}) for command in commands)
+    commands = ("qmp_capabilities", "query-block", "query-uuid", "query-chardev", "query-memory-devices")
+    script = "".join(json.dumps({"execute": command}) for command in (*commands, "quit"))
     done = subprocess.run(argv, input=script, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    blocks, uuid, chardevs = (answer["return"] for answer in answers[2:5])
+    blocks, uuid, chardevs, memory = (answer["return"] for answer in answers[2:6])
     drives = {block["inserted"]["node-name"]: block["inserted"] for block in blocks}
     assert {name: drive["ro"] for name, drive in drives.items()} == {
         "root": False,
@@ -253,3 +275,4 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
     assert not drives["data"]["cache"]["no-flush"]
     assert uuid["UUID"] == str(MACHINE.uuid)
     assert {"qmp", "console", "org.agentctl.control"} <= {chardev["label"] for chardev in chardevs}
+    assert [(device["type"], device["data"]["size"]) for device in memory] == [("virtio-pmem", 64 * MIB)]
