@@ -124,12 +124,13 @@ def dial_tcp_at_once(target: DialTcp, incoming: Incoming) -> bool:
                 connection.close()
                 return False
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream = incoming.accept_now()
         except BaseException:
             connection.close()
             raise
     except (OSError, ValueError, OverflowError):
         return False
-    Pump(incoming.accept_now(), connection, lambda ended: None).start()
+    Pump(stream, connection, lambda ended: None).start()
     return True
 
 

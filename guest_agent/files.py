@@ -29,6 +29,7 @@ from guest_agent.transports import PORTS, OpenTransport, run_agent
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, NamesGone
+from protocol.lane import Lane
 from protocol.link import Hello, Link, Role, SerialChannel, Service
 from protocol.region import FILES
 
@@ -52,8 +53,10 @@ class FilesAgent:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._host = Host()
         self._plane = GuestPlane(FILES, open_region())
+        self._lane = Lane()
+        nursery.start_soon(self._lane.run)
         self._notifiers = Notifiers()
-        self._mounts = Mounts(self._host, self._notifiers, nursery, Landing(self._plane.bulk))
+        self._mounts = Mounts(self._host, self._notifiers, nursery, Landing(self._plane.bulk), self._lane)
         self._arranged = trio.Event()
         self._hello = make_hello()
         nursery.start_soon(self._notifiers.run)
@@ -97,6 +100,7 @@ class FilesAgent:
             service,
             self._plane.offered(self._hello),
             bulk=self._plane.bulk,
+            lane=self._lane,
             max_payload=MAX_FILES_PAYLOAD,
             max_backlog=MAX_BACKLOG,
         )

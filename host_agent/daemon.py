@@ -59,6 +59,7 @@ from protocol.api import (
     StopInstance,
 )
 from protocol.errors import AgentctlProtocolError
+from protocol.lane import Lane
 from protocol.link import Link, Service
 from protocol.region import CONTROL
 from provision import image as images
@@ -111,6 +112,7 @@ class HostAgent:
         self._work = trio.CancelScope()
         self._over = trio.Event()
         self._connected = trio.Event()
+        self._lane = Lane()
         service = Service()
         service.on_notice(Listeners, self._on_listeners)
         self._guest = GuestLink(
@@ -120,8 +122,11 @@ class HostAgent:
             on_up=self._guest_up,
             on_down=self._guest_down,
             bulk=plane(CONTROL, paths),
+            lane=self._lane,
         )
-        self._forwards = ForwardRunner(self._guest.dial, self._events.publish, dial_now=self._guest.dial_now)
+        self._forwards = ForwardRunner(
+            self._guest.dial, self._events.publish, dial_now=self._guest.dial_now, lane=self._lane
+        )
         self._files = FileService(
             home, paths, self._config.mounts, self._events.say, self._remember_mounts, store=store
         )
@@ -139,6 +144,7 @@ class HostAgent:
         """Live until the instance is over, whatever ends it."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._api.run)
+            nursery.start_soon(self._lane.run)
             nursery.start_soon(self._watch_keeper, keeper_pipe)
             await nursery.start(self._watch_signals)
             try:

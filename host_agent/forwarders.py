@@ -17,6 +17,7 @@ import socket
 import stat
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -25,9 +26,10 @@ from host_agent.errors import UserError
 from host_agent.forwards import Change, ClosePort, Effect, ForwardTable, OpenPort
 from protocol.api import Event, Forward, Listeners, Target
 from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, OpenRefused
+from protocol.lane import READABLE, Lane
 from protocol.link import OnOpened
 from protocol.muxstream import MuxStream
-from protocol.pump import Pump, detached, pump
+from protocol.pump import Pump, detached, pump, reset
 from protocol.splice import Spliced, abort, splice
 
 # Opens a stream to a target in the guest. Raises OpenRefused or LinkError; whether it waits for a link that
@@ -45,6 +47,8 @@ SeenAs = Callable[[trio.SocketStream], trio.abc.HalfCloseableStream]
 MAX_CONNECTIONS = 1024
 # Room for a burst while the accepting task is busy. The kernel cuts it to net.core.somaxconn (often 4096).
 BACKLOG = 1024
+# Clients accepted in a row, before others have their turn.
+BURST = 16
 # How long to leave clients in the backlog when descriptors or memory ran out, in seconds: no busy loop.
 EXHAUSTED_PAUSE = 0.2
 # sockaddr_un.sun_path has 108 bytes including the final NUL (unix(7)); macOS has 104.
@@ -113,10 +117,21 @@ def listen_unix(path: Path) -> trio.SocketListener:
 
 
 class Connections:
-    """Those that are carried without a task of their own. To be closed at the end."""
+    """Those that are carried without a task of their own, and clients for whom a stream is being opened."""
 
     def __init__(self) -> None:
         self._pumps: set[Pump] = set()
+        self._waiting: set[socket.socket] = set()
+        self._closed = False
+
+    def wait(self, client: socket.socket) -> None:
+        """``client`` waits for an answer, of which ``answered`` tells."""
+        self._waiting.add(client)
+
+    def answered(self, client: socket.socket) -> bool:
+        """Whether it is to be carried on; if not, it has been reset."""
+        self._waiting.discard(client)
+        return not self._closed
 
     def carry(self, stream: MuxStream, client: socket.socket, on_end: Callable[[], None]) -> None:
         """Join the two, both of which this takes over; ``on_end`` is called when it is over."""
@@ -130,14 +145,20 @@ class Connections:
         carried.start()
 
     def close(self) -> None:
+        """Reset them all, and whatever is answered from now on."""
+        self._closed = True
         for carried in list(self._pumps):
             carried.abort("the forwarder ends")
+        for client in self._waiting:
+            reset(client)
+        self._waiting.clear()
 
 
 class Forwarder:
     """Accepts on some listening sockets and carries each connection to a target in the guest.
 
     With ``dial_now`` no task is needed for a connection that is accepted there at once; ``carried`` has those then.
+    With ``lane``, the link's, clients are accepted there.
     """
 
     def __init__(
@@ -149,7 +170,10 @@ class Forwarder:
         seen_as: SeenAs | None = None,
         dial_now: DialNow | None = None,
         carried: Connections | None = None,
+        lane: Lane | None = None,
     ) -> None:
+        self._lane = lane
+        self._on_close: list[Callable[[], None]] = []
         self._dial_now = dial_now if seen_as is None else None
         self._carried = Connections() if carried is None else carried
         self._listeners = listeners
@@ -167,7 +191,11 @@ class Forwarder:
     def close(self) -> None:
         """Stop listening, now; the next client is refused by the kernel."""
         for listener in self._listeners:
+            if self._lane is not None:
+                self._lane.forget(listener.socket.fileno())
             listener.socket.close()
+        for wake in self._on_close:
+            wake()
 
     async def _accept_from(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
         while True:
@@ -183,24 +211,76 @@ class Forwarder:
                 logger.warning("cannot accept: %s", error.strerror)
                 await trio.sleep(EXHAUSTED_PAUSE)
                 continue
-            if not self._carry_now(client, connections):
-                connections.start_soon(self._carry, client)
+            self._begin(detached(client), connections)
+            await self._accept_in_lane(listener, connections)
 
-    def _carry_now(self, client: trio.SocketStream, connections: trio.Nursery) -> bool:
-        """Begin with what a task would do; False if that needs one."""
+    async def _accept_in_lane(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        """Return when there is something that needs a task: an error, too many connections, the end."""
+        descriptor = listener.socket.fileno()
+        if self._lane is None or self._dial_now is None or descriptor < 0:
+            return
+        wakeup = trio.Event()
+        acceptor = socket.socket(fileno=descriptor)  # the same descriptor, without trio's turns
+
+        def on_clients(ready: int) -> None:
+            try:
+                for _ in range(BURST):
+                    self._slots.acquire_nowait()
+                    try:
+                        client, _ = acceptor.accept()
+                    except OSError:
+                        self._slots.release()
+                        raise
+                    self._begin(client, connections)
+            except BlockingIOError:
+                pass
+            except (trio.WouldBlock, OSError):
+                lane.forget(descriptor)
+                lane.stop()
+                wakeup.set()
+
+        lane = self._lane
+        try:
+            lane.watch(descriptor, READABLE, on_clients)
+            self._on_close.append(wakeup.set)
+            await wakeup.wait()
+        finally:
+            self._on_close.remove(wakeup.set)
+            acceptor.detach()
+            if listener.socket.fileno() >= 0:
+                lane.forget(descriptor)
+
+    def _begin(self, client: socket.socket, connections: trio.Nursery) -> None:
+        """Carry a client, for which there is a slot; at once, if that needs no task."""
+        client.setblocking(False)
         if self._dial_now is None or not (targets := self._targets()):
-            return False
+            self._start_task(client, connections)
+            return
 
         def on_answer(answer: MuxStream | OpenRefused | LinkError) -> None:
-            if isinstance(answer, MuxStream):
-                self._carried.carry(answer, detached(client), self._slots.release)
-                return
-            try:  # there may be another target, or another session soon
-                connections.start_soon(self._carry, client)
-            except RuntimeError:  # the nursery is over, and so is all that is forwarded
-                client.socket.close()
+            if not self._carried.answered(client):
+                self._slots.release()
+                if isinstance(answer, MuxStream):
+                    answer.cut(ErrorCode.RESET, "the forwarder ends")
+            elif isinstance(answer, MuxStream):
+                _no_delay(client)
+                self._carried.carry(answer, client, self._slots.release)
+            else:  # there may be another target, or another session soon
+                self._start_task(client, connections)
 
-        return self._dial_now(targets[0], on_answer)
+        self._carried.wait(client)
+        if not self._dial_now(targets[0], on_answer):
+            self._carried.answered(client)
+            self._start_task(client, connections)
+
+    def _start_task(self, client: socket.socket, connections: trio.Nursery) -> None:
+        if self._lane is not None:
+            self._lane.stop()
+        try:
+            connections.start_soon(self._carry, trio.SocketStream(trio.socket.from_stdlib_socket(client)))
+        except RuntimeError:  # the nursery is over, and so is all that is forwarded
+            reset(client)
+            self._slots.release()
 
     async def _carry(self, client: trio.SocketStream) -> None:
         try:
@@ -274,9 +354,11 @@ class ForwardRunner:
         table: ForwardTable | None = None,
         listen: Listen = listen_localhost,
         dial_now: DialNow | None = None,
+        lane: Lane | None = None,
     ) -> None:
+        """``dial_now`` and ``lane`` are the link's, as for ``Forwarder``."""
         self._dial = dial
-        self._dial_now = dial_now
+        self._dial_now, self._lane = dial_now, lane
         self._carried = Connections()
         self._publish = publish
         self._table = table or ForwardTable()
@@ -342,6 +424,7 @@ class ForwardRunner:
             self._dial,
             dial_now=self._dial_now,
             carried=self._carried,
+            lane=self._lane,
         )
         self._forwarders[port] = forwarder
         self._connections.start_soon(forwarder.serve, self._connections)
@@ -364,6 +447,12 @@ def _bound(family: socket.AddressFamily, address: str, port: int) -> socket.sock
         sock.close()
         raise
     return sock
+
+
+def _no_delay(client: socket.socket) -> None:
+    """As trio does it; a unix socket has no such thing."""
+    with suppress(OSError):
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _listener(sock: socket.socket) -> trio.SocketListener:

@@ -19,6 +19,7 @@ from protocol.api import Target
 from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, LinkError
 from protocol.frames import MAX_PAYLOAD
+from protocol.lane import Lane
 from protocol.link import Link, MuxStream, OnOpened, SerialChannel, Service
 from protocol.messages import Hello
 from protocol.serial import SocketPort
@@ -53,11 +54,17 @@ class GuestLink:
         max_backlog: int = MAX_BACKLOG,
         pause_above: int | None = None,
         bulk: Bulk | None = None,
+        lane: Lane | None = None,
     ) -> None:
-        """``name`` is for logs; the limits, in bytes, and ``bulk`` are those of ``Link``."""
+        """``name`` is for logs; the limits, in bytes, ``bulk`` and ``lane`` are those of ``Link``."""
         self._name = name
         self._open_link = partial(
-            Link, max_payload=max_payload, max_backlog=max_backlog, pause_above=pause_above, bulk=bulk
+            Link,
+            max_payload=max_payload,
+            max_backlog=max_backlog,
+            pause_above=pause_above,
+            bulk=bulk,
+            lane=lane,
         )
         self._socket = socket
         self._hello = hello

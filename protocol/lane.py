@@ -1,12 +1,12 @@
 """The express lane: descriptors whose events are handled where they are seen, many to one turn of trio.
 
 A turn of trio costs 30 us, and 500 in an emulated guest; a byte that is forwarded there and back would need a dozen.
-So one task of trio's waits for all descriptors of a link at once (an epoll set is itself a descriptor that one can
-wait for), calls what belongs to each event, and then, if something was passed on, stays for a moment: as long as a
-turn would have cost, since the answer often comes within that time.
+So one task of trio's waits for all descriptors at once (an epoll set is itself a descriptor that one can wait for),
+calls what belongs to each event, and then, if something was passed on, stays for a moment, since the answer to it
+comes soon: after the turns of the peer's, so for as long as a few turns take here.
 
-The laws: a callback neither waits nor raises; other tasks wait for ``BUDGET`` at the most; nobody waits while nothing
-happens, and nothing is polled in a loop.
+The laws: a callback neither waits nor raises; other tasks wait for ``BUDGET`` and a stay at the most; while nothing
+is passed on, nobody stays, and nothing is polled.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ WRITABLE: Final = 4
 BUDGET: Final = 0.002
 """Seconds of events in a row before other tasks have their turn."""
 
-LONGEST_STAY: Final = 0.001
+STAY: Final = 8
+"""Turns of trio that a stay may cost. A byte there and back over a link takes some five where nothing else happens."""
+
+LONGEST_STAY: Final = 0.004
 """Seconds to stay for another event at the most, however slow a turn is."""
+
+_FD_SETSIZE: Final = 1024
+"""select(2) takes no descriptors from there on."""
 
 OnEvent = Callable[[int], None]
 """Given what the descriptor is ready for."""
@@ -82,7 +88,7 @@ def _from_selector(mask: int) -> int:
 
 
 class Lane:
-    """The descriptors of one link. To be used in trio, and closed."""
+    """The descriptors that are served together: those of one link, or of a process. ``run`` serves them."""
 
     def __init__(self) -> None:
         self._set = _Epoll() if hasattr(select, "epoll") else _Kqueue()
@@ -96,7 +102,8 @@ class Lane:
     def watch(self, descriptor: int, events: int, on_event: OnEvent) -> None:
         """Have ``on_event`` called when ``descriptor`` is ready for one of ``events``; 0 is to watch it no more.
 
-        It must be forgotten before it is closed.
+        It must be forgotten before it is closed. If its number belonged to another that was ready a moment ago,
+        ``on_event`` may be called in vain.
         """
         known = self._watched.get(descriptor)
         if not events:
@@ -122,18 +129,21 @@ class Lane:
 
     # --- events ------------------------------------------------------------------------------------
 
-    async def measure(self) -> None:
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        await self._measure()
+        while True:
+            await trio.lowlevel.wait_readable(self._set.fileno())
+            self.turn()
+
+    async def _measure(self) -> None:
         """Find out what a turn of trio costs here, which decides how long to stay."""
         costs = []
         for _ in range(5):
             start = perf_counter()
             await trio.lowlevel.checkpoint()
             costs.append(perf_counter() - start)
-        self._stay = min(LONGEST_STAY, 2 * min(costs))
-
-    async def wait(self) -> None:
-        """Wait until a descriptor is ready."""
-        await trio.lowlevel.wait_readable(self._set.fileno())
+        self._stay = min(LONGEST_STAY, STAY * min(costs))
 
     def stop(self) -> None:
         """(For callbacks.) Let ``turn`` return: somebody must have a turn of trio's."""
@@ -146,13 +156,23 @@ class Lane:
     def turn(self) -> None:
         """Handle what is ready, and what becomes ready soon."""
         self._stopped = self._expected = False
+        poll, watched = self._set.poll, self._watched
         end = perf_counter() + BUDGET
-        stay = 0.0
-        while events := self._set.poll(stay):
+        events = poll(0)
+        while events:
             for descriptor, ready in events:
-                if (watched := self._watched.get(descriptor)) is not None:
-                    watched[1](ready)
+                if (known := watched.get(descriptor)) is not None:
+                    known[1](ready)
             if self._stopped or perf_counter() > end:
                 return
-            stay = self._stay if self._expected else 0.0
-            self._expected = False
+            if not (events := poll(0)) and self._expected:
+                self._expected = False
+                events = self._linger()
+
+    def _linger(self) -> list[tuple[int, int]]:
+        """Events, if there are some soon."""
+        # epoll_wait(2) rounds up to milliseconds.
+        descriptor = self._set.fileno()
+        if descriptor >= _FD_SETSIZE or not select.select([descriptor], [], [], self._stay)[0]:
+            return []
+        return self._set.poll(0)

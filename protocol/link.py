@@ -97,8 +97,10 @@ class Link:
         max_backlog: int = MAX_BACKLOG,
         pause_above: int | None = None,
         bulk: Bulk | None = None,
+        lane: Lane | None = None,
     ) -> None:
-        """``bulk``: memory for payloads that this side has; used in one session at a time.
+        """``bulk``: memory for payloads that this side has; used in one session at a time. ``lane``: one that is
+        served already, for longer than this link lives; without, it has its own.
 
         ``max_backlog``: bytes waiting to be written at which the peer is at fault for not reading them.
 
@@ -107,7 +109,8 @@ class Link:
         """
         self._transport = transport
         self._service = service
-        self.lane = Lane()
+        self._own_lane = lane is None
+        self.lane = Lane() if lane is None else lane
         """For who carries streams on: it shares the turns in which this link is read."""
         self.bulk = Bulk() if bulk is None else bulk
         self._open_session: Callable[[], Session] = lambda: Session(
@@ -167,7 +170,8 @@ class Link:
             self._session.goodbye("the peer left")
             self._end(LinkClosed("this side left the link"))
             await self._hang_up()
-            self.lane.close()
+            if self._own_lane:
+                self.lane.close()
             self._gone.set()
         assert self._error is not None
         if not (self._greeted and isinstance(self._error, LinkClosed)):
@@ -184,7 +188,8 @@ class Link:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._serving.run)
             nursery.start_soon(self._read)
-            nursery.start_soon(self._serve_lane)
+            if self._own_lane:
+                nursery.start_soon(self.lane.run)
             nursery.start_soon(self._write)
             nursery.start_soon(self._keep_time)
             await self._over.wait()
@@ -274,27 +279,39 @@ class Link:
     async def _read_in_lane(self) -> None:
         """Return when there is something that the lane cannot do. Wakes up for nothing else."""
         descriptor = -1 if self._receive_now is None else self._transport.fileno()  # type: ignore[attr-defined]
-        if descriptor >= 0 and self._error is None:
+        while self._receive_now is not None and self._can_go_on and (data := self._receive_now()):
+            self._take(data)  # what is here already wakes nobody up
+        if descriptor >= 0 and self._can_go_on:
             self.lane.watch(descriptor, READABLE, self._on_receivable)
             try:
                 await self._reader_wakeup.park()
             finally:
                 self.lane.forget(descriptor)
 
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether more may be read at once."""
+        return (
+            self._error is None
+            and self._serving.notices_done
+            and self._running().backlog <= self._pause_above
+        )
+
     def _on_receivable(self, ready: int) -> None:
         assert self._receive_now is not None
         data = None if ready != READABLE or self._error is not None else self._receive_now()
         if data is not None:
             self._take(data)
-        if data is None or not self._serving.notices_done or self._running().backlog > self._pause_above:
+        if data is None or not self._can_go_on:
             self._reader_wakeup.unpark_all()
             self.lane.stop()
 
     def _take(self, data: bytes) -> None:
         session = self._running()
         self._receiving = True
-        if (event := session.receive_express(data)) is not None:
-            self._dispatch(event)
+        if (express := session.receive_express(data)) is not None:
+            if self._error is None:
+                self._streams[express[0]].on_data(express[1], None)
         else:
             self._dispatch_all(session.receive_data(data, trio.current_time()))
         self._receiving = False
@@ -314,12 +331,6 @@ class Link:
         await self._serving.wait_for_notices()
         while self._running().backlog > self._pause_above and self._error is None:
             await self._room.park()
-
-    async def _serve_lane(self) -> None:
-        await self.lane.measure()
-        while True:
-            await self.lane.wait()
-            self.lane.turn()
 
     def _forget_closed(self) -> None:
         for number in self._running().take_closed():
@@ -612,14 +623,13 @@ class Link:
         self._serving.on_lapsed(event)
 
     def _on_call(self, event: messages.Call) -> None:
-        self.lane.stop()
+        self.lane.expect()
         if self._service.call is None:
             self.answer(event.id, errno.ENOSYS)
         else:
             self._service.call(event)
 
     def _on_result(self, event: messages.Result) -> None:
-        self.lane.stop()
         self._calling.pop(event.id)(event)
 
     def _on_open(self, event: messages.Open) -> None:

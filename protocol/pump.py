@@ -81,8 +81,9 @@ class Pump:
         self._lane.forget(self._descriptor)
         self._stream.cut(ErrorCode.RESET if error else ErrorCode.CANCELLED, error)
         if error:
-            _be_reset_at_close(self._connection)
-        self._connection.close()
+            reset(self._connection)
+        else:
+            self._connection.close()
         self._on_end(Spliced(self._inbound, self._outbound, error))
 
     def _break(self, error: Exception) -> None:
@@ -233,10 +234,12 @@ def _lane(stream: MuxStream) -> Lane:
     return stream.lane
 
 
-def _be_reset_at_close(connection: socket.socket) -> None:
+def reset(connection: socket.socket) -> None:
+    """Close ``connection`` so that its peer sees a reset, where there is such a thing."""
     # An error means that it is gone already, which is what we wanted.
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NONE)
+    connection.close()
 
 
 def _shut_down(connection: socket.socket) -> None:

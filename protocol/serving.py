@@ -185,9 +185,13 @@ class Serving:
         try:
             handler, at_once = self._service.bind_stream(event.kind, event.args)
         except OpenRefused as error:
+            if not self._session.knows(event.stream):
+                return MuxStream(self._session, event.stream, self._flush)
             self._session.refuse(event.stream, error.code, error.message, error.hint)
             return None
         incoming = Incoming(self._session, event.stream, self._flush, self._express, self._lane)
+        if not self._session.knows(event.stream):
+            return incoming.stream  # cut again in the same breath; nobody answers any more
         if at_once is not None and at_once(incoming):
             return incoming.stream
         self._offers[event.stream] = incoming

@@ -224,8 +224,8 @@ class Session:
         """The driver found what the peer said to be wrong. Ends the link and tells the peer why."""
         return [] if self.over else [self._fail(error)]
 
-    def receive_express(self, data: bytes) -> messages.Data | None:
-        """The event, if ``data`` is exactly one frame with the data of a stream; else nothing was taken."""
+    def receive_express(self, data: bytes) -> tuple[int, bytes] | None:
+        """Stream and bytes, if ``data`` is exactly one frame with the data of a stream; else nothing was taken."""
         if len(data) <= PREFIX.size or self._decoder.buffered:
             return None
         header_len, payload_len = PREFIX.unpack_from(data)
@@ -237,7 +237,7 @@ class Session:
             taken = stream.receive_express(payload_len)
         except RemoteProtocolError:
             return None  # said again, and heard, by ``receive_data``
-        return messages.Data(stream.number, data[start:]) if taken else None
+        return (stream.number, data[start:]) if taken else None
 
     def _receive_frame(self, raw: Frame) -> Event | None:
         if self._phase is Phase.GREETING:
@@ -454,11 +454,13 @@ class Session:
 
     def take_run(self, number: int, size: int) -> Run | None:
         """Room for up to ``size`` bytes of stream ``number``'s data in the plane's memory, if there is some for it."""
-        return self._bulk.take(size, self._stream(number).account, least=1)
+        stream = self._find(number)
+        return None if stream is None else self._bulk.take(size, stream.account, least=1)
 
     def lends(self, number: int) -> bool:
         """Whether the peer still reads runs of stream ``number``."""
-        return self._stream(number).account.lent > 0
+        stream = self._find(number)
+        return stream is not None and stream.account.lent > 0
 
     def send_run(self, number: int, run: Run) -> None:
         """Send ``run``, which is given away. Only when nothing else is queued for the stream."""

@@ -103,7 +103,12 @@ class MuxedStream:
 
     def express(self, data: bytes) -> bytes | None:
         """The frame with ``data``, if it may be sent now; it has been, then."""
-        if self._outgoing or self.state not in _SENDING or self._send_window.available < len(data):
+        if (
+            not data
+            or self._outgoing
+            or self.state not in _SENDING
+            or self._send_window.available < len(data)
+        ):
             return None
         self._send_window.spend(len(data))
         return PREFIX.pack(len(self.header), len(data)) + self.header + data

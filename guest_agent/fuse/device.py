@@ -27,6 +27,7 @@ from guest_agent.fuse import abi, mounting
 from guest_agent.fuse.abi import Negotiated, Opcode, Request
 from guest_agent.fuse.landing import Landing
 from guest_agent.fuse.mounting import MountSpec
+from protocol.lane import READABLE, Lane
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Connection:
         self.initialized = trio.Event()
         """Set with ``negotiated``; of an adopted connection from the start."""
         self._resent: set[int] = set()
+        self._on_close: Callable[[], None] | None = None
         if negotiated is not None:
             self.initialized.set()
 
@@ -91,25 +93,64 @@ class Connection:
         minor, flags = (self.negotiated.minor, self.negotiated.flags) if self.negotiated else (0, 0)
         return StoredConnection(self.spec.share, self.device, minor, flags, self.spec.host_locks)
 
-    async def serve(self, handle: Handle, landing: Landing | None = None) -> None:
+    async def serve(self, handle: Handle, landing: Landing | None = None, lane: Lane | None = None) -> None:
         """Read requests and pass them to ``handle`` until the file system is unmounted or aborted.
 
-        ``landing`` is where they arrive, which all connections of a process share. ``handle`` is called on trio's
-        thread and must answer each request, then or later, with ``reply`` or ``fail``; not those of
-        ``abi.NO_REPLY``. INIT and DESTROY are answered here.
+        ``landing`` is where they arrive, which all connections of a process share, and so may be the ``lane`` on which
+        they are read. ``handle`` is called on trio's thread and must answer each request, then or later, with
+        ``reply`` or ``fail``; not those of ``abi.NO_REPLY``. INIT and DESTROY are answered here.
         """
         landing = Landing() if landing is None else landing
-        while await self._drain(landing, handle):
-            pass
+        if lane is None:
+            while await self._drain(landing, handle):
+                pass
+        else:
+            await self._serve_in_lane(landing, handle, lane)
         log.info("fuse.end path=%s", self.spec.path)
 
-    async def _drain(self, landing: Landing, handle: Handle) -> bool:
-        """One batch; False if there will be no more."""
+    async def _serve_in_lane(self, landing: Landing, handle: Handle, lane: Lane) -> None:
+        over = trio.Event()
+        failures: list[OSError] = []
         fd = self.fd
+
+        def on_readable(ready: int) -> None:
+            lane.expect()  # who was answered asks again, and so does the host's answer come
+            try:
+                if self._take_batch(landing, handle):
+                    return
+            except OSError as error:
+                failures.append(error)
+            end()
+
+        def end() -> None:
+            lane.forget(fd)
+            lane.stop()
+            over.set()
+
         try:
-            await trio.lowlevel.wait_readable(fd)
+            lane.watch(fd, READABLE, on_readable)
+        except (OSError, ValueError):
+            return  # closed already
+        self._on_close = end
+        try:
+            await over.wait()
+        finally:
+            self._on_close = None
+            lane.forget(fd)
+        if failures:
+            raise failures[0]
+
+    async def _drain(self, landing: Landing, handle: Handle) -> bool:
+        """One batch, when there is something; False if there will be no more."""
+        try:
+            await trio.lowlevel.wait_readable(self.fd)
         except (trio.ClosedResourceError, OSError):
             return False
+        return self._take_batch(landing, handle)
+
+    def _take_batch(self, landing: Landing, handle: Handle) -> bool:
+        """Handle what there is to read, up to a batch; False if there will be no more."""
+        fd = self.fd
         for _ in range(BATCH):
             try:
                 request = landing.read(fd)
@@ -223,6 +264,8 @@ class Connection:
     def close(self) -> None:
         """Give the descriptor up. If it is the last one, the kernel aborts the connection."""
         if self.fd >= 0:
+            if self._on_close is not None:
+                self._on_close()
             fd, self.fd = self.fd, -1
             with suppress(RuntimeError):  # outside of trio nobody waits for it
                 trio.lowlevel.notify_closing(fd)

@@ -39,6 +39,7 @@ from guest_agent.fuse.notifier import Notifiers
 from guest_agent.fuse.operation import Timers
 from guest_agent.fuse.volume import SALT_BITS, Volume
 from protocol.files import MountReport, MountStage, NamesGone, Share
+from protocol.lane import Lane
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +108,15 @@ class Mounts:
     """All mounts of this agent; ``nursery`` serves them."""
 
     def __init__(
-        self, host: Host, notifiers: Notifiers, nursery: trio.Nursery, landing: Landing | None = None
+        self,
+        host: Host,
+        notifiers: Notifiers,
+        nursery: trio.Nursery,
+        landing: Landing | None = None,
+        lane: Lane | None = None,
     ) -> None:
-        """``landing``: where the requests of all mounts arrive."""
+        """``landing``: where the requests of all mounts arrive; ``lane``: where they are read."""
+        self._lane = lane
         self._landing = Landing() if landing is None else landing
         self._host = host
         self._notifiers = notifiers
@@ -322,7 +329,7 @@ class Mounts:
         handle, gate, is_over = Filesystem(connection, volume).handle, self._host.gate(volume.share), False
         while not is_over:
             with gate.inside():
-                await connection.serve(handle, self._landing)
+                await connection.serve(handle, self._landing, self._lane)
                 is_over = True
             await gate.wait()
 

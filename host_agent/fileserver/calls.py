@@ -30,6 +30,7 @@ from protocol import codec, messages
 from protocol.bulk import Bulk, Run
 from protocol.errors import DecodeError, LocalProtocolError
 from protocol.files import ATTR, CALLS, MAX_DATA, Attributes, Entry, FileCall, Forget, List, Lookup, Read
+from protocol.lane import Lane
 from protocol.link import Link
 
 logger = logging.getLogger(__name__)
@@ -75,14 +76,20 @@ class _Job:
 class Calls:
     """Serves the calls of one guest after another. Belongs to trio's thread."""
 
-    def __init__(self, journal: Journal, shares: Mapping[int, Share], bulk: Bulk | None = None) -> None:
-        """``bulk``: the memory of the link's payloads."""
+    def __init__(
+        self,
+        journal: Journal,
+        shares: Mapping[int, Share],
+        bulk: Bulk | None = None,
+        lane: Lane | None = None,
+    ) -> None:
+        """``bulk``: the memory of the link's payloads; ``lane``: where it is served."""
         self._bulk = Bulk() if bulk is None else bulk
         self._journal = journal
         self._shares = shares
         self._once: Once[Asker] = Once()
         self._glimpses = Glimpses()
-        self._completions: Completions[_Job] = Completions(self._deliver)
+        self._completions: Completions[_Job] = Completions(self._deliver, lane)
         self._link: Link | None = None
         self._waiting = self._waiting_bytes = 0
         self._admission: Admission[_Job] = Admission(
@@ -90,6 +97,10 @@ class Calls:
             lambda: 0 if self._link is None else self._link.backlog,
             lambda size: not self._bulk.active or self._bulk.has_room(size),
         )
+
+    def close(self) -> None:
+        """What the threads have yet to finish is not answered any more."""
+        self._completions.close()
 
     def begin_guest(self, past: Ledger) -> None:
         """The guest's kernel is another one than before, or the first; ``past`` is what a killed server wrote of it."""

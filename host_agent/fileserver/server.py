@@ -40,6 +40,7 @@ from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, RpcError
 from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, MountStage, NamesGone
 from protocol.files import Share as MountedShare
+from protocol.lane import Lane
 from protocol.link import Link, Service
 from protocol.session import Role
 
@@ -81,7 +82,8 @@ class FileServer:
         self._hidden = list(hidden)
         self._budget = Budget()
         self._shares: dict[int, Share] = {}
-        self._calls = Calls(journal, self._shares, bulk)
+        self._lane = Lane()
+        self._calls = Calls(journal, self._shares, bulk, self._lane)
         self._boot_id: str | None = None  # of the guest that was here last
         self._link: Link | None = None  # the session, from before its shares are mounted
         self._listed = self._told = 0  # the version of the list of shares, and the one the guest knows
@@ -102,6 +104,7 @@ class FileServer:
             max_backlog=MAX_BACKLOG,
             pause_above=PAUSE_ABOVE,
             bulk=bulk,
+            lane=self._lane,
         )
         asked = Service()
         asked.on_request(ServeShares, self._serve_shares)
@@ -112,7 +115,13 @@ class FileServer:
         """Serve until the host agent ends the link, or its process."""
         try:
             async with trio.open_nursery() as self._nursery:
-                for task in (self._serve_guest, self._mount_changes, self._announce, self._look_after):
+                for task in (
+                    self._lane.run,
+                    self._serve_guest,
+                    self._mount_changes,
+                    self._announce,
+                    self._look_after,
+                ):
                     self._nursery.start_soon(task)
                 try:
                     await self._control.run()
@@ -130,6 +139,8 @@ class FileServer:
             share.close()
         for each in workers:
             await trio.to_thread.run_sync(each.wait_closed, LAST_CALLS, abandon_on_cancel=True)
+        self._calls.close()
+        self._lane.close()
 
     # --- the guest ---------------------------------------------------------------------------------
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from queue import SimpleQueue
 from typing import Final, Generic, TypeVar
 
 import trio
+
+from protocol.lane import READABLE, Lane
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +152,23 @@ def waiting() -> contextlib.AbstractContextManager[None]:
 
 
 class Completions(Generic[ItemT]):
-    """Items put by any thread come to ``handle`` in the thread of the current trio run, many at a time."""
+    """Items put by any thread come to ``handle`` in the thread of the current trio run, many at a time.
 
-    def __init__(self, handle: Callable[[list[ItemT]], None]) -> None:
+    With a ``lane`` they come there, without a turn of trio's; until ``close``, which whoever serves it must await.
+    """
+
+    def __init__(self, handle: Callable[[list[ItemT]], None], lane: Lane | None = None) -> None:
         self._handle = handle
-        self._token = trio.lowlevel.current_trio_token()
+        self._wake: Callable[[], object] = partial(
+            trio.lowlevel.current_trio_token().run_sync_soon, self._take
+        )
+        self._lane = lane
+        self._pipe: tuple[int, int] | None = None
+        self._closing, self._closed = threading.Lock(), False
+        if lane is not None:
+            self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._wake = partial(os.write, self._pipe[1], b"x")
+            lane.watch(self._pipe[0], READABLE, self._on_readable)
         self._items: deque[ItemT] = deque()
         self._awake = False
 
@@ -161,8 +177,24 @@ class Completions(Generic[ItemT]):
         self._items.append(item)
         if not self._awake:  # else the one who set it has yet to look, and will find the item
             self._awake = True
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._take)
+            with contextlib.suppress(trio.RunFinishedError), self._closing:
+                if not self._closed:
+                    self._wake()
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        with self._closing:
+            self._closed = True
+        if self._pipe is not None and self._lane is not None:
+            self._lane.forget(self._pipe[0])
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+
+    def _on_readable(self, ready: int) -> None:
+        assert self._pipe is not None
+        os.read(self._pipe[0], 64)
+        self._take()
 
     def _take(self) -> None:
         self._awake = False

@@ -22,6 +22,7 @@ from host_agent.client import hello
 from host_agent.forwarders import Forwarder, listen_localhost
 from host_agent.guest_link import GuestLink
 from protocol.api import DialTcp
+from protocol.lane import Lane
 from protocol.link import Link, Service
 from protocol.serial import SocketPort
 
@@ -43,9 +44,17 @@ async def host(path: Path, port: int, target: int) -> None:
     async def on_up(link: Link) -> None:
         """There is nothing to configure."""
 
-    link = GuestLink(path, hello("agentctl-bench"), Service(), on_up=on_up, on_down=lambda: None)
-    forwarder = Forwarder(listen_localhost(port), lambda: (DialTcp("127.0.0.1", target),), link.dial)
+    lane = Lane()
+    link = GuestLink(path, hello("agentctl-bench"), Service(), on_up=on_up, on_down=lambda: None, lane=lane)
+    forwarder = Forwarder(
+        listen_localhost(port),
+        lambda: (DialTcp("127.0.0.1", target),),
+        link.dial,
+        dial_now=link.dial_now,
+        lane=lane,
+    )
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(lane.run)
         nursery.start_soon(link.run)
         nursery.start_soon(forwarder.serve, nursery)
 

@@ -31,6 +31,7 @@ from guest_agent.fuse.mounts import (
 from guest_agent.fuse.notifier import Notifiers
 from guest_agent.fuse.turns import MAX_WAITING
 from protocol.files import MountReport, MountStage, NamesGone, Share, Write
+from protocol.lane import Lane
 
 A, AB, ABC, B = Share(1, "/a"), Share(2, "/a/b"), Share(3, "/a/b/c"), Share(4, "/b")
 
@@ -47,7 +48,7 @@ class Connection:
         self.served = False
         self._kernel = kernel
 
-    async def serve(self, handle: Handle, landing: Landing | None = None) -> None:
+    async def serve(self, handle: Handle, landing: Landing | None = None, lane: Lane | None = None) -> None:
         if not self._kernel.silent:
             self.initialized.set()
         self.served = True
