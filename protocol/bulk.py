@@ -116,11 +116,17 @@ class Bulk:
         """Whether both sides have agreed to use it, in this session."""
         self.on_room: Callable[[], None] | None = None
         """Called when slots have come back; it must neither wait nor raise."""
+        self.on_wanted: Callable[[], object] | None = None
+        """Called when somebody begins to wait for slots; as ``on_room``."""
         self.on_urgent: Callable[[], None] | None = None
         """Called when so much was released that it should be given back now; as ``on_room``."""
         self.accept: Callable[[list[int], bytes], bool] = lambda extents, mark: False
         """Of the host: find the memory that a guest offers (``messages.BulkOffer``), and ``attach`` it."""
         self._wanted = False  # somebody was told that there is no room
+        self.returns = 0
+        """How often slots have come back from the peer: as long as they do, it is worth waiting for more."""
+        self.stuck = False
+        """No slot has come back for long, though somebody wanted one."""
         self._own = self._peers = memoryview(b"")
         self._slots = self._peer_slots = 0
         # our half
@@ -163,7 +169,7 @@ class Bulk:
         """A session may use the memory. ``busy`` is the peer's. Raises ``RemoteProtocolError``."""
         self._busy = _from_bytes(busy, self._slots)
         self._theirs = 0
-        self.active = True
+        self.active, self.stuck = True, False
 
     def end(self) -> None:
         """The session is over; loans go on until they are released."""
@@ -196,20 +202,29 @@ class Bulk:
         wanted = -(-min(size, MAX_RUN) // SLOT)
         fewest = max(1, -(-least // SLOT)) if least else wanted
         if account is not None:
-            wanted = min(wanted, self.free // SHARE - account.lent)
+            # Who has lent nothing gets at least one, while there is one: many streams have too small a share each.
+            wanted = min(wanted, max(self.free // SHARE - account.lent, not account.lent))
         free = ~self._used & ((1 << self._slots) - 1)
         while wanted >= fewest and wanted > 0:
             if starts := _runs(free, wanted):
                 return self._taken(starts, wanted)
             wanted -= 1
-        self._wanted = True
+        self._want()
         return None
+
+    def _want(self) -> None:
+        if not self._wanted:
+            self._wanted = True
+            if self.on_wanted is not None:
+                self.on_wanted()
 
     def has_room(self, size: int) -> bool:
         """Whether ``take`` would give a run for ``size`` bytes. If not, ``on_room`` is called when it may again."""
         free = ~self._used & ((1 << self._slots) - 1)
-        self._wanted = not _runs(free, max(1, -(-min(size, MAX_RUN) // SLOT)))
-        return not self._wanted
+        if _runs(free, max(1, -(-min(size, MAX_RUN) // SLOT))):
+            return True
+        self._want()
+        return False
 
     def _taken(self, starts: int, slots: int) -> Run:
         # Long runs from the top, single slots from the bottom: so there are long runs for longer.
@@ -258,6 +273,8 @@ class Bulk:
         if not self.active or mask & ~(self._theirs | self._busy):
             raise RemoteProtocolError("slots were given back that had not been lent")
         # What is both was kept by us over the session's end, and is lent again with a call, whose result gives it back.
+        self.returns += 1
+        self.stuck = False
         old = mask & self._busy
         self._busy &= ~old
         self._theirs &= ~(mask & ~old)
@@ -266,6 +283,11 @@ class Bulk:
                 account.lent -= 1
                 self._accounts[slot] = None
         self._tell_room()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits to be told of room."""
+        return self._wanted
 
     def _tell_room(self) -> None:
         if self._wanted and self.active and self.on_room is not None:

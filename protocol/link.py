@@ -54,6 +54,8 @@ OnOpened = Callable[[MuxStream | OpenRefused | LinkError], None]
 READ_SIZE: Final = 128 * 1024
 # Seconds for the peer to take our last words; then the transport is closed without.
 GOODBYE_TIMEOUT: Final = 1.0
+# Seconds without a slot coming back after which those who wait for one go on without.
+STUCK_AFTER: Final = 0.05
 # Bytes that are written where they are queued, without waking the writer. A turn of trio costs 30 us, and 500 in an
 # emulated guest, more than all else that a small call needs; a socket or port takes this much whole or not at all.
 PROMPT_SIZE: Final = 16 * 1024
@@ -145,6 +147,7 @@ class Link:
         self._send_now: Callable[[Buffer], bool] | None = getattr(transport, "send_nowait", None)
         self._receive_now: Callable[[], bytes | None] | None = getattr(transport, "receive_nowait", None)
         self._reader_wakeup = trio.lowlevel.ParkingLot()
+        self._memory_wanted = trio.lowlevel.ParkingLot()
         self._receiving = False
         self._room_came = self._telling_room = False
 
@@ -160,6 +163,7 @@ class Link:
             raise LocalProtocolError("a link runs once")
         self._session = self._open_session()
         self.bulk.on_room, self.bulk.on_urgent = self._on_room, self._flush
+        self.bulk.on_wanted = self._memory_wanted.unpark_all
         self._serving = Serving(
             self._service, self._session, self._flush, self._wait_for_room, self._send_express, self.lane
         )
@@ -192,6 +196,7 @@ class Link:
                 nursery.start_soon(self.lane.run)
             nursery.start_soon(self._write)
             nursery.start_soon(self._keep_time)
+            nursery.start_soon(self._watch_memory)
             await self._over.wait()
             await self._serving.stop()
             with trio.move_on_after(GOODBYE_TIMEOUT):
@@ -433,6 +438,18 @@ class Link:
                 self._tell_written()
         finally:
             self._telling_room = False
+
+    async def _watch_memory(self) -> None:
+        """See that nobody waits for ever for memory that the peer's readers do not give back."""
+        bulk = self.bulk
+        while True:
+            while not bulk.wanted or bulk.stuck:
+                await self._memory_wanted.park()
+            seen = bulk.returns
+            await trio.sleep(STUCK_AFTER)
+            if bulk.wanted and bulk.returns == seen:
+                bulk.stuck = True
+                self._on_room()
 
     def _tell_written(self) -> None:
         if self.on_written is not None:

@@ -185,9 +185,9 @@ class MuxStream(trio.abc.HalfCloseableStream):
         return self._session.take_run(self._number, size) if self._session.drained(self._number) else None
 
     @property
-    def lends(self) -> bool:
-        """Whether the peer still reads memory that this stream has sent: there will be room when it has."""
-        return self._session.lends(self._number)
+    def should_wait(self) -> bool:
+        """Whether there will be memory again soon (``on_room``), for more than what goes inline."""
+        return self._session.lends(self._number) or not self._session.memory_is_stuck
 
     def send_run(self, run: Run) -> None:
         """Send ``run.length`` bytes of ``run``, which is given away. Raises as ``send_all``."""

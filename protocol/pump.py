@@ -181,7 +181,7 @@ class Pump:
             finally:
                 if run.slots:
                     run.give_back()
-        elif not self._stream.writable or (self._much and self._stream.lends):
+        elif not self._stream.writable or (self._much and self._stream.should_wait):
             self._watch(self._events & ~READABLE)
         else:
             size = INLINE_BELOW if self._stream.has_memory else INLINE_CHUNK

@@ -452,6 +452,11 @@ class Session:
         """Whether the two sides have memory for payloads."""
         return self._bulk.active
 
+    @property
+    def memory_is_stuck(self) -> bool:
+        """Whether it is not worth waiting for memory: the peer's readers have all of it, or there is none."""
+        return self._bulk.stuck or not self._bulk.active
+
     def take_run(self, number: int, size: int) -> Run | None:
         """Room for up to ``size`` bytes of stream ``number``'s data in the plane's memory, if there is some for it."""
         stream = self._find(number)

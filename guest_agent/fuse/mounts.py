@@ -272,6 +272,7 @@ class Mounts:
         self._nursery.start_soon(self._serve, mounted)
         with trio.move_on_after(INIT_TIMEOUT):
             await connection.initialized.wait()
+            mounting.read_ahead(connection.device)
             fdstore.store(connection.fd, stored_name(mounted))
             return
         await self._unmount(mounted)

@@ -283,10 +283,20 @@ def test_a_long_run_is_cut_down_to_the_share() -> None:
 
 def test_who_does_not_give_back_does_not_starve_the_others() -> None:
     plane = Plane()
-    for _ in range(SLOTS):
+    for _ in range(3):
         fill_share(plane, Account())  # never released
     assert plane.own.free > 0
-    assert plane.own.take(SLOT) is not None
+    assert plane.own.take(SLOT, Account()) is not None
+
+
+def test_the_last_slots_go_to_who_has_none() -> None:
+    plane = Plane()
+    accounts = [Account() for _ in range(SLOTS)]
+    for account in accounts:
+        fill_share(plane, account)
+    assert plane.own.free == 0
+    assert plane.own.take(SLOT, Account()) is None
+    assert plane.own.wanted
 
 
 @pytest.mark.parametrize("stuck", [0, 1, 2, 3])
