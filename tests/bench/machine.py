@@ -62,9 +62,10 @@ def with_devices(arguments: Sequence[str], devices: Devices) -> list[str]:
     for host, guest in devices.ports:
         result[network] += f",hostfwd=tcp:127.0.0.1:{host}-:{guest}"
     if devices.virtiofsd:
-        memory = result[result.index("-m") + 1]
-        if not re.fullmatch(r"\d+M", memory):
-            raise ValueError(f"QEMU's -m is {memory!r}; a number of MiB was expected")
+        given = result[result.index("-m") + 1]
+        if (found := re.match(r"(?:size=)?(\d+M)(?:,|$)", given)) is None:
+            raise ValueError(f"QEMU's -m is {given!r}; a number of MiB was expected")
+        memory = found[1]
         # fmt: off
         result += [
             "-object", f"memory-backend-memfd,id=bench-memory,size={memory},share=on",

@@ -17,6 +17,12 @@ def test_the_guest_gets_shared_memory_and_a_filesystem_device() -> None:
     assert found[found.index("-netdev") + 1] == "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22"
 
 
+def test_room_for_a_memory_device_is_left_as_it_is() -> None:
+    found = with_devices(["-m", "size=2048M,maxmem=2112M", *ARGUMENTS[2:]], DEVICES)
+    assert "memory-backend-memfd,id=bench-memory,size=2048M,share=on" in found
+    assert found[1] == "size=2048M,maxmem=2112M"
+
+
 def test_without_virtiofs_only_ports_are_added() -> None:
     found = with_devices(ARGUMENTS, Devices("/usr/bin/qemu", ((2222, 22), (8080, 80))))
     network = "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.1:8080-:80"

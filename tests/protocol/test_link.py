@@ -1,7 +1,11 @@
-"""Links over trio's in-memory streams; time is the autojump clock's, so nothing here really waits."""
+"""Links over trio's in-memory streams, where time is the autojump clock's, so that nothing really waits; and over
+sockets and ports, where it must make no difference that frames are read on the lane.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -36,8 +40,11 @@ from protocol.errors import (
     StreamReset,
 )
 from protocol.frames import FrameDecoder
-from protocol.link import Hello, Incoming, Link, Role, Service
+from protocol.lane import Lane
+from protocol.link import Hello, Incoming, Link, MuxStream, Role, SerialChannel, Service
 from protocol.rpc import MAX_REQUESTS
+from protocol.serial import SocketPort
+from protocol.serving import MAX_NOTICES
 from protocol.session import MAX_STREAMS
 from protocol.window import INITIAL_WINDOW
 
@@ -677,3 +684,490 @@ async def test_a_request_of_the_wrong_shape_fails_only_itself(autojump_clock: tr
         assert codes == ["invalid", "unsupported"]
         await peer.stream.aclose()
     assert peer.error is None
+
+
+# --- over a descriptor -----------------------------------------------------------------------------
+#
+# Then frames are read on the lane, without a turn of trio's; nothing else may be different.
+
+
+def socket_ports() -> tuple[SocketPort, SocketPort]:
+    one, other = socket.socketpair()
+    one.setblocking(False)
+    other.setblocking(False)
+    ports = [SocketPort(trio.SocketStream(trio.socket.from_stdlib_socket(end))) for end in (one, other)]
+    return ports[0], ports[1]
+
+
+async def transports(kind: str) -> tuple[trio.abc.Stream, trio.abc.Stream, list[trio.abc.Stream]]:
+    """Both ends, and what is to be closed besides."""
+    if kind == "memory":
+        return *trio.testing.memory_stream_pair(), []
+    ports = socket_ports()
+    if kind == "socket":
+        return *ports, []
+    channels = [SerialChannel(port) for port in ports]
+    sessions: dict[SerialChannel, trio.abc.Stream] = {}
+
+    async def establish(channel: SerialChannel) -> None:
+        sessions[channel] = await channel.establish()
+
+    async with trio.open_nursery() as nursery:
+        for channel in channels:
+            nursery.start_soon(establish, channel)
+    return sessions[channels[0]], sessions[channels[1]], list(ports)
+
+
+class Wired(Puppet):
+    """A link over a transport of some kind, and the puppet at its other end."""
+
+    def __init__(self, ours: trio.abc.Stream, theirs: trio.abc.Stream, **options: Any) -> None:
+        self.stream = theirs  # type: ignore[assignment]
+        self.service = Service()
+        self.link = Link(ours, Role.HOST, self.service, Hello(name="host"), **options)
+        self.error = None
+        self._decoder = FrameDecoder()
+        self.scope = trio.CancelScope()
+        self.over = trio.Event()
+
+    async def run(self, task_status: trio.TaskStatus[Link] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.scope:
+            await super().run(task_status)
+        self.over.set()
+
+    async def hear_goodbye(self) -> messages.Goodbye:
+        while not isinstance(frame := await self.hear(), messages.Goodbye):
+            pass
+        return frame
+
+
+@asynccontextmanager
+async def wired(
+    kind: str, prepare: Callable[[Wired], None] = lambda peer: None, **options: Any
+) -> AsyncIterator[Wired]:
+    """A link that has been greeted. In the end it is over, and no descriptor is left."""
+    before = set(os.listdir("/dev/fd"))
+    ours, theirs, besides = await transports(kind)
+    peer = Wired(ours, theirs, **options)
+    prepare(peer)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            await peer.say(Hello(name="puppet"))
+            await nursery.start(peer.run)
+            assert await peer.hear() == Hello(name="host")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            yield peer
+            peer.scope.cancel()
+            await peer.over.wait()
+        for stream in (theirs, *besides):
+            await trio.aclose_forcefully(stream)
+    assert peer.link.lane._closed
+    assert set(os.listdir("/dev/fd")) == before
+
+
+KINDS = pytest.mark.parametrize("kind", ["memory", "socket", "serial"])
+OVER_A_DESCRIPTOR = pytest.mark.parametrize("kind", ["socket", "serial"])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await trio.sleep(0.001)
+
+
+@KINDS
+async def test_notices_come_in_order_and_one_at_a_time_over(kind: str) -> None:
+    heard: list[float] = []
+
+    async def hear(notice: Event) -> None:
+        await trio.lowlevel.checkpoint()
+        heard.append(notice.time)
+        if notice.time % 7 == 0:
+            await trio.lowlevel.checkpoint()
+
+    async with wired(kind, lambda peer: peer.service.on_notice(Event, hear)) as peer:
+        for first in range(0, 2000, 100):
+            await peer.say(*[notice(number) for number in range(first, first + 100)])
+        await until(lambda: len(heard) >= 2000)
+        assert heard == list(range(2000))
+
+
+def notice(number: int, size: int = 1) -> messages.Notify:
+    return messages.Notify("event", [float(number), "k", "x" * size])
+
+
+@KINDS
+async def test_a_handler_of_notices_that_is_slow_holds_the_peer_back_over(kind: str) -> None:
+    """No more is read than the limit says, with what one read or two brought."""
+    going, heard = trio.Event(), []
+
+    async def hear(notice: Event) -> None:
+        await going.wait()
+        heard.append(notice.time)
+
+    async with wired(kind, lambda peer: peer.service.on_notice(Event, hear)) as peer:
+        async with trio.open_nursery() as nursery:
+
+            async def talk() -> None:
+                for first in range(0, 5000, 50):
+                    await peer.say(*[notice(number, 1000) for number in range(first, first + 50)])
+
+            nursery.start_soon(talk)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            if kind != "memory":  # there a read is as much as was ever written
+                assert len(peer.link._serving._notices) <= MAX_NOTICES + 3 * 131
+            going.set()
+            await until(lambda: len(heard) == 5000)
+        assert heard == list(range(5000))
+
+
+@KINDS
+async def test_much_that_comes_at_once_is_all_heard_over(kind: str) -> None:
+    """More than one read, and then silence: nothing waits for what comes next."""
+    heard: list[float] = []
+
+    async def hear(notice: Event) -> None:
+        heard.append(notice.time)
+
+    async with wired(kind, lambda peer: peer.service.on_notice(Event, hear)) as peer:
+        for count in (1, 50, 150, 2000):
+            heard.clear()
+            await peer.say(*[notice(number, 1000) for number in range(count)])
+            await until(lambda count=count: len(heard) == count)
+
+
+async def test_what_came_with_the_session_is_all_heard() -> None:
+    """A peer that says much before it is answered, as after a restart: one read of the session does not hold it."""
+    heard: list[float] = []
+
+    async def hear(notice: Event) -> None:
+        heard.append(notice.time)
+
+    ours, theirs, ports = await transports("serial")
+    peer = Wired(ours, theirs)
+    peer.service.on_notice(Event, hear)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.say, Hello(), *[notice(number, 1000) for number in range(180)])
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await nursery.start(peer.run)
+            await until(lambda: len(heard) == 180)
+            peer.scope.cancel()
+    for port in ports:
+        await trio.aclose_forcefully(port)
+
+
+@KINDS
+async def test_nothing_is_read_while_the_peer_does_not_read_over(kind: str) -> None:
+    """Whoever has ``pause_above`` does not end the link of a peer that is slow, and does not collect answers either."""
+    taken = 0
+
+    async def answer(message: GetGuestInfo) -> GuestInfo:
+        nonlocal taken
+        taken += 1
+        return GuestInfo("x" * 5000, 1, 1, 1, 1, 1, 1, "")
+
+    async with wired(
+        kind,
+        lambda peer: peer.service.on_request(GetGuestInfo, answer),
+        pause_above=20_000,
+        max_backlog=1 << 20,
+    ) as peer:
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                for number in range(1, 2000, 2):
+                    await peer.say(messages.Request(number, GetGuestInfo.METHOD, []))
+                    await trio.lowlevel.checkpoint()
+
+            nursery.start_soon(ask)
+            if kind != "memory":  # which takes everything
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert taken < 1000
+                assert peer.link.backlog < 1 << 20
+            answers = [await peer.hear() for _ in range(1000)]
+        assert {type(frame) for frame in answers} <= {messages.Reply, messages.Failure}
+        assert sorted(frame.id for frame in answers) == list(range(1, 2000, 2))  # type: ignore[union-attr]
+        assert peer.link._error is None
+
+
+@KINDS
+async def test_a_stream_there_and_back_over(kind: str) -> None:
+    streams: list[MuxStream] = []
+    async with wired(kind) as peer:
+        async with trio.open_nursery() as nursery:
+
+            async def dial() -> None:
+                streams.append(await peer.link.open(DialTcp("", 1)))
+
+            nursery.start_soon(dial)
+            opening = await peer.hear()
+            assert isinstance(opening, messages.Open)
+            await peer.say(messages.Opened(opening.stream, INITIAL_WINDOW))
+        (stream,) = streams
+        for size in (1, 10, 1000, 60_000):
+            await peer.say(messages.Data(opening.stream, bytes(size)))
+            received = 0
+            while received < size:
+                received += len(await stream.receive_some())
+            await stream.send_all(bytes(size))
+            frame = await peer.hear()
+            while isinstance(frame, messages.Credit):
+                frame = await peer.hear()
+            assert frame == messages.Data(opening.stream, bytes(size))
+        # All of it in one read.
+        await peer.say(
+            messages.Data(opening.stream, b"last "),
+            messages.Data(opening.stream, b"words"),
+            messages.Eof(opening.stream),
+            messages.Reset(opening.stream, "reset", ""),
+        )
+        assert await stream.receive_some() + await stream.receive_some() == b"last words"
+        assert await stream.receive_some() == b""
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.send_all(b"x")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        messages.Open(1, "tcp", ["::1", 1], 100),
+        messages.Open(1, "tcp", "not what it takes", 100),
+        messages.Open(1, "unheard-of", [], 100),
+        messages.Request(1, "unheard-of", []),
+        messages.Request(1, "shutdown", []),
+        notice(1),
+        messages.Ping(1),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+@KINDS
+async def test_what_is_taken_back_in_the_same_read_over(
+    kind: str, at_once: bool, first: messages.AnyFrame
+) -> None:
+    """A session knows of the end before the link hears of the beginning."""
+    log: list[str] = []
+
+    def prepare(peer: Wired) -> None:
+        service = peer.link._service = sleeper(log)
+
+        async def accept(target: DialTcp, incoming: Incoming) -> None:
+            await incoming.accept()
+            await trio.sleep_forever()
+
+        service.on_stream(
+            DialTcp, accept, (lambda _, incoming: bool(incoming.accept_now())) if at_once else None
+        )
+
+    if isinstance(first, messages.Open):
+        async with wired(kind, prepare) as peer:
+            await peer.say(first, messages.Reset(1, "cancelled", ""))
+            assert await peer.hear() == messages.Reset(1, "reset", "")
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert peer.link._serving.idle
+            assert not peer.link._streams
+            await peer.say(messages.Ping(5))
+            assert await peer.hear() == messages.Pong(5)
+    async with wired(kind, prepare) as peer:
+        await peer.say(first, messages.Goodbye("gone", "that was all"))
+        await peer.over.wait()
+        assert peer.error is None
+
+
+@KINDS
+async def test_the_end_in_good_order_over(kind: str) -> None:
+    async with wired(kind) as peer:
+        await peer.say(messages.Goodbye("gone", "maintenance"))
+        await peer.over.wait()
+        assert peer.error is None
+        await expect_link_error(lambda: peer.link.request(GetStatus()), "maintenance")
+    async with wired(kind) as peer:
+        await peer.link.goodbye("enough")
+        assert (await peer.hear_goodbye()).reason == "enough"
+        await peer.over.wait()
+        assert peer.error is None
+
+
+@KINDS
+async def test_a_cancelled_link_says_goodbye_over(kind: str) -> None:
+    async with wired(kind) as peer:
+        peer.scope.cancel()
+        assert (await peer.hear_goodbye()).code == "gone"
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "garbage", [bytes(8), b"\xff" * 8, b"".join(messages.encode(messages.Data(99, b"x")))]
+)
+async def test_a_malformed_peer_is_told_over(kind: str, garbage: bytes) -> None:
+    async with wired(kind) as peer:
+        await peer.stream.send_all(garbage)
+        assert (await peer.hear_goodbye()).code == "protocol"
+        await peer.over.wait()
+        assert isinstance(peer.error, RemoteProtocolError)
+
+
+@OVER_A_DESCRIPTOR
+@pytest.mark.parametrize("last", [b"", bytes(2), b"".join(messages.encode(messages.Ping(1)))])
+async def test_the_end_of_a_port_is_an_error_that_everybody_hears_of(kind: str, last: bytes) -> None:
+    """A port has no end of file: when its socket has one, it is gone."""
+    async with wired(kind) as peer:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(expect_link_error, lambda: peer.link.request(GetStatus()), "socket")
+            assert isinstance(await peer.hear(), messages.Request)
+            if last:
+                await peer.stream.send_all(last)
+            port = peer.stream if isinstance(peer.stream, SocketPort) else peer.stream._channel.transport  # type: ignore[attr-defined]
+            await port.aclose()
+        await peer.over.wait()
+        assert peer.error is not None
+        assert not isinstance(peer.error, LinkClosed)
+
+
+async def test_a_peer_that_begins_anew_ends_the_session_that_was() -> None:
+    async with wired("serial") as peer:
+        channel = peer.stream._channel  # type: ignore[attr-defined]
+        await peer.say(messages.Ping(1))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.establish)
+            await peer.over.wait()
+            nursery.cancel_scope.cancel()
+        assert peer.error is not None
+        assert "new session" in str(peer.error)
+
+
+async def test_a_lane_that_is_shared_outlives_its_links() -> None:
+    lane = Lane()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lane.run)
+        for _ in range(3):
+            ours, theirs = socket_ports()
+            peer = Wired(ours, theirs, lane=lane)
+            async with trio.open_nursery() as running:
+                await peer.say(Hello())
+                await running.start(peer.run)
+                await peer.hear()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert set(lane._watched) == {ours.fileno()}
+                await peer.say(messages.Ping(1))
+                assert await peer.hear() == messages.Pong(1)
+                peer.scope.cancel()
+            assert not lane._watched
+            assert not lane._closed
+            await trio.aclose_forcefully(theirs)
+        nursery.cancel_scope.cancel()
+    lane.close()
+
+
+class Torrent(trio.abc.Stream):
+    """A transport that always has one more frame; ``answers`` go before it. Notes what is said."""
+
+    MOST = 20_000
+    """Reads without a turn of the test's, which takes two milliseconds at the most: a fraction of this."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end  # always readable
+        self.flow = b""
+        self.answers = [b"".join(messages.encode(Hello()))]
+        self._said = FrameDecoder()
+        self.said: list[messages.AnyFrame] = []
+        self.reads = 0
+        self.starved = False
+
+    def fileno(self) -> int:
+        return self._end.fileno()
+
+    def receive_nowait(self) -> bytes | None:
+        self.reads += 1
+        self.starved |= self.reads > self.MOST
+        if self.starved:
+            return None
+        return self.answers.pop(0) if self.answers else self.flow or None
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while not (data := self.receive_nowait()):
+            await trio.lowlevel.checkpoint()
+        return data
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        self._said.receive_data(data)
+        while (raw := self._said.next_frame()) is not None:
+            self.said.append(messages.decode(raw))
+        return True
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        self.send_nowait(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def turns(self, condition: Callable[[], object]) -> int:
+        """How many turns of trio's it takes until this holds."""
+        for count in range(200):
+            self.reads = 0
+            if condition():
+                return count
+            await trio.lowlevel.checkpoint()
+        raise AssertionError("200 turns are not enough")
+
+    def heard(self, kind: type[messages.AnyFrame]) -> bool:
+        return any(isinstance(frame, kind) for frame in self.said)
+
+
+@pytest.mark.parametrize("flow", ["data", "credit"])
+async def test_nobody_starves_beside_a_stream_that_never_rests(
+    flow: str, mock_clock: trio.testing.MockClock
+) -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        other.send(b"x")
+        torrent = Torrent(one)
+        link = Link(torrent, Role.HOST, Service(), Hello())
+        async with trio.open_nursery() as nursery:
+            await nursery.start(link.run)
+            answer: list[object] = []
+
+            def opened(stream: object) -> None:
+                assert isinstance(stream, MuxStream)
+                answer.append(stream)
+
+                def drop() -> None:
+                    while (view := stream.peek()) is not None:
+                        stream.advance(len(view))
+
+                stream.on_readable = drop
+
+            assert link.open_now(DialTcp("", 1), opened)
+            torrent.answers.append(b"".join(messages.encode(messages.Opened(2, 1000))))
+            await torrent.turns(lambda: answer)
+            frame = messages.Data(2, b"x" * 100) if flow == "data" else messages.Credit(2, 1)
+            torrent.flow = b"".join(messages.encode(frame))
+            await torrent.turns(lambda: torrent.reads)  # it flows
+            for _ in range(100):
+                torrent.reads = 0
+                await trio.lowlevel.checkpoint()
+            assert not torrent.starved
+            mock_clock.jump(5)
+            await torrent.turns(lambda: torrent.heard(messages.Ping))
+            torrent.answers.append(b"".join(messages.encode(messages.Pong(1))))
+
+            async def ask() -> None:
+                answer.append(await link.request(Shutdown()))
+
+            nursery.start_soon(ask)
+            await torrent.turns(lambda: torrent.heard(messages.Request))
+            request = next(frame for frame in torrent.said if isinstance(frame, messages.Request))
+            torrent.answers.append(b"".join(messages.encode(messages.Reply(request.id, []))))
+            await torrent.turns(lambda: answer[1:])
+            assert answer[1:] == [Done()]
+            if flow == "data":
+                assert torrent.heard(messages.Credit)
+            nursery.start_soon(link.goodbye)
+            await torrent.turns(link._gone.is_set)
+            assert torrent.heard(messages.Goodbye)
+        assert not torrent.starved
