@@ -227,8 +227,9 @@ class Bulk:
         return False
 
     def _taken(self, starts: int, slots: int) -> Run:
-        # Long runs from the top, single slots from the bottom: so there are long runs for longer.
-        first = (starts & -starts).bit_length() - 1 if slots == 1 else starts.bit_length() - 1
+        # Single slots from the top, long runs from the bottom: of those the end is often not needed (``trim``), and is
+        # where the next one begins.
+        first = starts.bit_length() - 1 if slots == 1 else (starts & -starts).bit_length() - 1
         self._mine |= _mask(first, slots)
         return Run(self, first, slots, self._own[first * SLOT : (first + slots) * SLOT])
 

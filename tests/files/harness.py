@@ -1,7 +1,7 @@
 """The files plane without a VM: the host's file server and the guest's files agent, both real, on one kernel.
 
-A ``Port`` stands in for QEMU, ``FilesAgent`` for systemd, and the mount is in a mount namespace of its own. A test
-thread sees plain calls; what is asynchronous runs in a trio thread beneath.
+A ``Port`` and the holder of a ``Memory`` stand in for QEMU, ``FilesAgent`` for systemd, and the mount is in a mount
+namespace of its own. A test thread sees plain calls; what is asynchronous runs in a trio thread beneath.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from host_agent.fileserver.control import (
 )
 from protocol.errors import LinkError
 from protocol.link import Hello, Link, Role, Service
+from tests.files.memory import Memory, Use, at_rest, memory, use_of
 from tests.files.namespace import Finished, Namespace, Running
 from tests.files.port import Port
 from tests.files.service import SOURCES, FilesAgent, eventually
@@ -100,8 +101,17 @@ class TrioThread:
 class FileServer:
     """The process on the host, and the control link to it, as the host agent has them."""
 
-    def __init__(self, loop: TrioThread, directory: Path, socket_path: Path, hidden: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        loop: TrioThread,
+        directory: Path,
+        socket_path: Path,
+        hidden: Sequence[Path],
+        memory: Memory | None = None,
+    ) -> None:
         self._loop, self._directory, self._socket_path, self._hidden = loop, directory, socket_path, hidden
+        self._memory = memory
+        self._says = directory / "server.use"
         self._process: subprocess.Popen[bytes] | None = None
         self.store = DescriptorStore()
         self.changes: list[ShareStates] = []
@@ -114,7 +124,12 @@ class FileServer:
 
     def start(self, folders: list[SharedFolder]) -> ShareStates:
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-m", "host_agent.fileserver", "--guest-socket", str(self._socket_path)]
+        argv = [sys.executable, "-m"]
+        if self._memory is not None:
+            argv += ["tests.files.observed", str(self._says)]
+        argv += ["host_agent.fileserver", "--guest-socket", str(self._socket_path)]
+        if self._memory is not None:
+            argv += ["--instance", str(self._memory.instance)]
         argv += ["--control-fd", str(theirs.fileno()), "--journal", str(self._directory / "journal")]
         for path in self._hidden:
             argv += ["--hide", str(path)]
@@ -165,6 +180,10 @@ class FileServer:
     def states(self) -> ShareStates:
         return self._loop.call(self._link.request, GetShares())
 
+    def use(self) -> Use | None:
+        """Of its memory."""
+        return use_of(self.pid, self._says)
+
     def kill(self) -> None:
         """SIGKILL, and wait for its end."""
         if self._process is not None:
@@ -191,7 +210,8 @@ class FileServer:
 class Plane:
     """Both sides, connected, with ``folders`` mounted. ``host`` and ``guest`` are the two views of the first.
 
-    ``patience``: seconds that the guest waits for an absent host, other than its own.
+    ``patience``: seconds that the guest waits for an absent host, other than its own. ``with_memory``: some that both
+    have mapped; at the end nobody may have kept any of it.
     """
 
     def __init__(
@@ -200,7 +220,9 @@ class Plane:
         patience: float | None = None,
         hide: Sequence[str] = (),
         host: Path | None = None,
+        with_memory: bool = True,
     ) -> None:
+        self.with_memory = with_memory
         self._folders = list(folders or [Folder()])
         self._patience = patience
         self._hide = hide
@@ -210,6 +232,7 @@ class Plane:
     def __enter__(self) -> Plane:
         with contextlib.ExitStack() as stack:
             self.directory = stack.enter_context(loose_directory())
+            self.memory = stack.enter_context(memory(self.directory)) if self.with_memory else None
             self.host_root = self._host or self.directory / "host"
             self.guest_root = self.directory / "guest"
             for folder in self._folders:
@@ -220,19 +243,37 @@ class Plane:
             host_socket, guest_socket = self.directory / "host.sock", self.directory / "guest.sock"
             self.port = stack.enter_context(Port(host_socket, guest_socket))
             hidden = [self.host_root / name for name in self._hide]
-            self.server = FileServer(loop, self.directory, host_socket, hidden)
+            self.server = FileServer(loop, self.directory, host_socket, hidden, self.memory)
             stack.callback(self.server.store.close)
             stack.callback(self.server.kill)
             self.agent = stack.enter_context(
-                FilesAgent(self.namespace, self.directory, guest_socket, self._patience)
+                FilesAgent(self.namespace, self.directory, guest_socket, self._patience, self.memory)
             )
             stack.callback(self.namespace.force_unmount)
             stack.push(self._show_logs)
             self.start_server()
             self.agent.start()
             self.wait_mounted()
+            stack.push(self._look_at_memory)
             self._stack = stack.pop_all()
         return self
+
+    def _look_at_memory(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None and self.with_memory and self.server.alive() and self.agent.alive():
+            self.wait_at_rest()
+
+    def wait_at_rest(self) -> None:
+        """Until both use the memory, and nobody has any of it."""
+        seen: list[Use | None] = []
+
+        def is_at_rest() -> bool:
+            seen[:] = [self.server.use(), self.agent.use()]
+            return at_rest(*seen)
+
+        try:
+            eventually("all slots are free", is_at_rest)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {seen}") from None
 
     def _logs(self) -> dict[str, str]:
         return {

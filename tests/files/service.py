@@ -17,13 +17,13 @@ import threading
 import time
 from pathlib import Path
 
+from tests.files.memory import START, Memory, Use, use_of
 from tests.files.namespace import Namespace
 
 SOURCES = Path(__file__).resolve().parents[2]
 
 LAUNCHER = """
-import os, runpy, sys
-patience, *arguments = sys.argv[1:]
+import os, sys
 given = [int(number) for number in os.environ.pop("GIVEN_FDS").split()]
 high = [os.dup2(fd, 1000 + index) for index, fd in enumerate(given)]
 for index, fd in enumerate(high):
@@ -31,15 +31,7 @@ for index, fd in enumerate(high):
     os.close(fd)
 if given:
     os.environ["LISTEN_PID"] = str(os.getpid())
-sys.argv[1:] = arguments
-if patience:
-    import guest_agent.fuse.host
-    guest_agent.fuse.host.PATIENCE = float(patience)
-    import protocol.link
-    protocol.link.Link.__init__.__kwdefaults__.update(heartbeat=0.5, dead_after=1.5)
-    runpy.run_module("guest_agent.files", run_name="__main__", alter_sys=True)
-else:
-    os.execv(sys.executable, [sys.executable, "-m", "guest_agent.files", *arguments])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
@@ -119,9 +111,16 @@ class FilesAgent:
     """The unit agentctl-files.service, so to speak."""
 
     def __init__(
-        self, namespace: Namespace, directory: Path, guest_socket: Path, patience: float | None
+        self,
+        namespace: Namespace,
+        directory: Path,
+        guest_socket: Path,
+        patience: float | None,
+        memory: Memory | None = None,
     ) -> None:
         self._namespace = namespace
+        self._memory = memory
+        self._says = directory / "agent.use"
         self._directory = directory
         self._guest_socket = guest_socket
         self._patience = patience
@@ -145,8 +144,6 @@ class FilesAgent:
     def start(self, *, ready: float | None = 60) -> None:
         """Start it with what is in the store; wait ``ready`` seconds for READY=1, None for not at all."""
         said = len(self.store.said)
-        patience = "" if self._patience is None else str(self._patience)
-        arguments = [patience, "--connect-unix", str(self._guest_socket)]
         kept = list(self.store.kept)
         environment = {
             **os.environ,
@@ -159,7 +156,7 @@ class FilesAgent:
             environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in kept)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._namespace.command([sys.executable, "-c", LAUNCHER, *arguments]),
+                self._namespace.command([sys.executable, "-c", LAUNCHER, *self._module()]),
                 cwd="/",
                 env=environment,
                 pass_fds=[fd for _, fd in kept],
@@ -170,6 +167,21 @@ class FilesAgent:
             )
         if ready is not None:
             self.store.wait_for("READY=1", said, ready)
+
+    def _module(self) -> list[str]:
+        arguments = ["guest_agent.files", "--connect-unix", str(self._guest_socket)]
+        options: list[str] = []
+        if self._patience is not None:
+            options += ["--patience", str(self._patience)]
+        if self._memory is not None:
+            options += ["--memory", str(self._memory.path), str(START)]
+        if options:
+            return ["-m", "tests.files.observed", *options, str(self._says), *arguments]
+        return ["-m", *arguments]
+
+    def use(self) -> Use | None:
+        """Of its memory."""
+        return use_of(self.pid, self._says)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Kill it and wait for its end; the store stays as it is."""

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from host_agent.forwarders import (
 )
 from protocol.api import DialTcp, DialUnix, Event, ForwardState, Listener, Listeners, Proto, Target
 from protocol.errors import ErrorCode, LinkClosed, OpenRefused
+from protocol.lane import Lane
+from protocol.link import Hello, Incoming, Link, MuxStream, OnOpened, Role, Service
+from protocol.serial import SocketPort
 from protocol.splice import abort
 
 Server = Callable[[trio.abc.HalfCloseableStream], object]
@@ -630,3 +633,383 @@ async def test_two_hundred_ports_open_and_close_at_once() -> None:
         await runner.on_listeners(Listeners(False, [], ports))
         assert len(os.listdir("/proc/self/fd")) <= before + 2
         assert [event.kind for event in events].count("port-closed") == 200
+
+
+# --- without a task --------------------------------------------------------------------------------
+
+
+class LinkedGuest:
+    """A guest behind a real link, over a socket as QEMU has it: so streams are opened and carried on the lane."""
+
+    def __init__(self, nursery: trio.Nursery, lane: Lane) -> None:
+        self.programs: dict[int, Callable[[Incoming], Awaitable[None]]] = {}
+        self.dialled: list[tuple[str, Target]] = []
+        self.offers: list[Incoming] = []
+        self.link: Link | None = None
+        self.back = trio.Event()
+        self._nursery = nursery
+        self._lane = lane
+        self._scope = trio.CancelScope()
+
+    async def begin(self) -> None:
+        """A new session."""
+        pair = socket.socketpair()
+        for end in pair:
+            end.setblocking(False)
+        ours, theirs = [SocketPort(trio.SocketStream(trio.socket.from_stdlib_socket(end))) for end in pair]
+        service = Service()
+        service.on_stream(DialTcp, lambda target, incoming: self.programs[target.port](incoming))
+        link = Link(ours, Role.HOST, Service(), Hello(), lane=self._lane)
+        guest = Link(theirs, Role.GUEST, service, Hello())
+        self._scope, started = trio.CancelScope(), trio.Event()
+
+        async def session() -> None:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    async with trio.open_nursery() as starting:
+                        starting.start_soon(nursery.start, link.run)
+                        starting.start_soon(nursery.start, guest.run)
+                    self.link = link
+                    started.set()
+
+        self._nursery.start_soon(session)
+        await started.wait()
+        self.back.set()
+        self.back = trio.Event()
+
+    def lose(self) -> None:
+        self.link = None
+        self._scope.cancel()
+
+    def dial_now(self, target: Target, on_answer: OnOpened) -> bool:
+        self.dialled.append(("now", target))
+        return self.link is not None and self.link.open_now(target, on_answer)
+
+    async def dial(self, target: Target) -> MuxStream:
+        self.dialled.append(("task", target))
+        while self.link is None:
+            await self.back.wait()
+        return await self.link.open(target)
+
+    # --- programs
+
+    async def echo(self, incoming: Incoming) -> None:
+        await echo(await incoming.accept())
+
+    async def refuse(self, incoming: Incoming) -> None:
+        await incoming.refuse(ErrorCode.REFUSED, "connection refused")
+
+    async def hold(self, incoming: Incoming) -> None:
+        """Neither accept nor refuse, until the test does."""
+        self.offers.append(incoming)
+        await trio.sleep_forever()
+
+
+@asynccontextmanager
+async def prompt(on_lane: bool) -> AsyncIterator[tuple[ForwardRunner, LinkedGuest, trio.CancelScope]]:
+    """A runner that needs no task for a connection, and what ends it. No descriptor is left."""
+    before = set(os.listdir("/dev/fd"))
+    lane = Lane()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lane.run)
+            guest = LinkedGuest(nursery, lane)
+            await guest.begin()
+            runner = ForwardRunner(
+                guest.dial, lambda event: None, dial_now=guest.dial_now, lane=lane if on_lane else None
+            )
+            running, ended = trio.CancelScope(), trio.Event()
+
+            async def run(task_status: trio.TaskStatus[None]) -> None:
+                with running:
+                    await runner.run(task_status)
+                ended.set()
+
+            await nursery.start(run)
+            yield runner, guest, running
+            running.cancel()
+            await ended.wait()
+            assert not runner._carried._pumps
+            assert not runner._carried._waiting
+            guest.lose()
+            await trio.testing.wait_all_tasks_blocked()
+            assert not lane._watched
+            nursery.cancel_scope.cancel()
+    lane.close()
+    assert set(os.listdir("/dev/fd")) == before
+
+
+ON_LANE = pytest.mark.parametrize(
+    "on_lane", [True, False], ids=["accepted on the lane", "accepted by a task"]
+)
+
+
+async def assert_reset(client: trio.SocketStream) -> None:
+    with pytest.raises(trio.BrokenResourceError) as caught:
+        await client.receive_some()
+    assert cause(caught.value) == errno.ECONNRESET
+    await client.aclose()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await trio.sleep(0.001)
+
+
+def places(runner: ForwardRunner, port: int) -> int:
+    """Connections that the forwarder may have besides those it has. Each family may hold one for its next client."""
+    return runner._forwarders[port]._slots.value
+
+
+@ON_LANE
+async def test_a_connection_needs_no_task(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        await trio.testing.wait_all_tasks_blocked()
+        assert runner._connections is not None
+        tasks = len(runner._connections.child_tasks)
+        for _ in range(3):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+                await client.send_all(b"before")
+                assert await client.receive_some() == b"before"
+                assert len(runner._connections.child_tasks) == tasks
+                assert await exchange(client, b" and after") == b" and after"
+        assert guest.dialled == [("now", DialTcp("127.0.0.1", port))] * 3
+
+
+@ON_LANE
+async def test_what_the_client_said_before_the_answer_is_carried(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"early")
+            await client.send_eof()
+            await until(lambda: guest.offers)
+            stream = await guest.offers[0].accept()
+            assert b"".join([data async for data in stream]) == b"early"
+            await stream.send_all(b"late")
+            await stream.send_eof()
+            assert b"".join([bytes(data) async for data in client]) == b"late"
+
+
+@ON_LANE
+async def test_a_refusal_leaves_it_to_a_task_that_tries_all_targets(port: int, on_lane: bool) -> None:
+    lane = Lane()
+    first, second = DialTcp("127.0.0.1", port), DialTcp("127.0.0.1", port + 1)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lane.run)
+            guest = LinkedGuest(nursery, lane)
+            await guest.begin()
+            guest.programs = {first.port: guest.refuse, second.port: guest.echo}
+            forwarder = Forwarder(
+                listen_localhost(port),
+                lambda: (first, second),
+                guest.dial,
+                dial_now=guest.dial_now,
+                lane=lane if on_lane else None,
+            )
+            nursery.start_soon(forwarder.serve, nursery)
+            for _ in range(2):
+                guest.dialled.clear()
+                async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+                    assert await exchange(client, b"hello") == b"hello"
+                assert guest.dialled == [("now", first), ("task", first), ("task", second)]
+            guest.programs[second.port] = guest.refuse
+            await assert_reset(await trio.open_tcp_stream("127.0.0.1", port))
+            forwarder.close()
+            nursery.cancel_scope.cancel()
+    lane.close()
+
+
+@ON_LANE
+async def test_without_a_link_a_task_waits_for_the_next(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        guest.lose()
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await until(lambda: len(guest.dialled) == 2)
+            await guest.begin()
+            assert await exchange(client, b"hello") == b"hello"
+        assert [way for way, _ in guest.dialled] == ["now", "task"]
+
+
+@ON_LANE
+async def test_a_link_lost_while_a_stream_is_opened_leaves_it_to_a_task(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await until(lambda: guest.offers)
+            guest.lose()
+            await until(lambda: len(guest.dialled) == 2)
+            guest.programs[port] = guest.echo
+            await guest.begin()
+            assert await exchange(client, b"hello") == b"hello"
+        assert [way for way, _ in guest.dialled] == ["now", "task"]
+        await until(lambda: places(runner, port) >= forwarders.MAX_CONNECTIONS - len(HOSTS))
+
+
+@ON_LANE
+async def test_the_loss_of_the_link_resets_what_is_carried(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        clients = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(5)]
+        for client in clients:
+            await client.send_all(b"hello")
+            assert await client.receive_some() == b"hello"
+        guest.lose()
+        for client in clients:
+            await assert_reset(client)
+        assert not runner._carried._pumps
+
+
+@ON_LANE
+@pytest.mark.parametrize("answer", ["accept", "refuse", "never"])
+async def test_a_runner_that_ends_while_streams_are_opened_resets_their_clients(
+    port: int, on_lane: bool, answer: str
+) -> None:
+    async with prompt(on_lane) as (runner, guest, running):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        clients = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(3)]
+        await until(lambda: len(guest.offers) == 3)
+        slots = runner._forwarders[port]._slots
+        running.cancel()
+        for client in clients:
+            await assert_reset(client)
+        for offer in guest.offers:
+            if answer == "accept":
+                stream = await offer.accept()
+                with pytest.raises(trio.BrokenResourceError):
+                    await stream.receive_some()
+            elif answer == "refuse":
+                await offer.refuse(ErrorCode.REFUSED, "connection refused")
+        if answer == "never":
+            guest.lose()
+        await until(lambda: slots.value >= forwarders.MAX_CONNECTIONS - len(HOSTS))
+
+
+@ON_LANE
+async def test_a_runner_that_ends_resets_what_is_carried(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, running):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        clients = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(10)]
+        for client in clients:
+            await client.send_all(b"hello")
+            assert await client.receive_some() == b"hello"
+        running.cancel()
+        for client in clients:
+            await assert_reset(client)
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pass
+
+
+@ON_LANE
+async def test_a_port_that_closes_while_a_stream_is_opened_keeps_its_client(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await until(lambda: guest.offers)
+            await runner.on_listeners(Listeners(False, [], [on(port)]))
+            with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                pass
+            stream = await guest.offers[0].accept()
+            await client.send_all(b"hello")
+            assert await stream.receive_some() == b"hello"
+            await stream.aclose()
+            await assert_reset(client)
+
+
+@ON_LANE
+async def test_a_client_that_leaves_while_its_stream_is_opened(port: int, on_lane: bool) -> None:
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        client = await trio.open_tcp_stream("127.0.0.1", port)
+        await until(lambda: guest.offers)
+        await abort(client, ErrorCode.RESET, "test")
+        stream = await guest.offers[0].accept()
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.receive_some()
+        await until(lambda: not runner._carried._pumps)
+
+
+@ON_LANE
+async def test_the_limit_of_connections_holds_without_tasks(
+    port: int, on_lane: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two for connections, and one for what each of the other families' tasks may accept.
+    monkeypatch.setattr(forwarders, "MAX_CONNECTIONS", 1 + len(HOSTS))
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        clients = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(12)]
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert 1 <= len(guest.dialled) <= 2
+        for client in clients:
+            assert await exchange(client, b"hello") == b"hello"
+            await client.aclose()
+            assert len(runner._carried._pumps) <= 2
+        assert len(guest.dialled) == 12
+        await until(lambda: places(runner, port) >= 1)
+
+
+@ON_LANE
+async def test_a_thousand_connections_leave_nothing_behind(port: int, on_lane: bool) -> None:
+    """Ended, half ended and reset ones; ``prompt`` looks for descriptors."""
+    async with prompt(on_lane) as (runner, guest, _):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+
+        async def connect(number: int) -> None:
+            client = await trio.open_tcp_stream("127.0.0.1", port)
+            if number % 5 == 0:
+                await abort(client, ErrorCode.RESET, "test")
+                return
+            await client.send_all(b"%d" % number)
+            if number % 5 == 1:
+                await client.aclose()
+                return
+            await client.send_eof()
+            assert b"".join([bytes(data) async for data in client]) == b"%d" % number
+            await client.aclose()
+
+        for first in range(0, 1000, 50):
+            async with trio.open_nursery() as nursery:
+                for number in range(first, first + 50):
+                    nursery.start_soon(connect, number)
+        await until(lambda: not runner._carried._pumps and not runner._carried._waiting)
+        assert guest.link is not None
+        link = guest.link
+        await until(lambda: not link._streams)
+        await until(lambda: places(runner, port) >= forwarders.MAX_CONNECTIONS - len(HOSTS))
+
+
+async def test_what_cannot_be_accepted_on_the_lane_is_left_to_the_task(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which knows what to do when descriptors run out, and then leaves it to the lane again."""
+    failures = 0
+
+    def accept(listener: socket.socket) -> Any:  # trio has its own
+        nonlocal failures
+        failures += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with prompt(True) as (runner, guest, _):
+        guest.programs[port] = guest.echo
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        monkeypatch.setattr(socket.socket, "accept", accept)
+        for count in range(1, 4):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+                assert await exchange(client, b"again") == b"again"
+            assert failures == count

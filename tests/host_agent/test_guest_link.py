@@ -18,7 +18,8 @@ from host_agent.guest_link import GuestLink
 from host_agent.paths import InstancePaths
 from protocol.api import Configure, Configured, DialTcp, Listeners
 from protocol.errors import ErrorCode, LinkError, OpenRefused, RpcError
-from protocol.link import Incoming, Link, Role, SerialChannel, Service
+from protocol.lane import Lane
+from protocol.link import Incoming, Link, MuxStream, Role, SerialChannel, Service
 
 CONFIGURE = Configure("agentctl", 1, "me", 1000)
 
@@ -82,7 +83,7 @@ async def hosting(paths: InstancePaths) -> AsyncIterator[Host]:
         nursery.cancel_scope.cancel()
 
 
-def guest_service(diary: list[str], *, refuse: bool = False) -> Service:
+def guest_service(diary: list[str], *, refuse: bool = False, hold: bool = False) -> Service:
     async def configure(request: Configure) -> Configured:
         await trio.lowlevel.checkpoint()
         assert request == CONFIGURE
@@ -94,6 +95,8 @@ def guest_service(diary: list[str], *, refuse: bool = False) -> Service:
     async def echo(target: DialTcp, incoming: Incoming) -> None:
         if target.port != 7:
             raise OpenRefused(ErrorCode.REFUSED, "connection refused")
+        if hold:
+            await trio.sleep_forever()
         stream = await incoming.accept()
         while data := await stream.receive_some():
             await stream.send_all(data)
@@ -244,3 +247,75 @@ async def test_patience_has_an_end(instance: InstancePaths, autojump_clock: trio
             await link.dial(DialTcp("127.0.0.1", 80))
         assert trio.current_time() - began == pytest.approx(guest_link.PATIENCE)
         nursery.cancel_scope.cancel()
+
+
+# --- for who cannot wait ---------------------------------------------------------------------------
+
+ECHO = DialTcp("127.0.0.1", 7)
+
+
+async def test_a_stream_is_dialled_without_waiting(instance: InstancePaths) -> None:
+    answers: list[MuxStream | OpenRefused | LinkError] = []
+    async with qemu(instance) as machine, hosting(instance) as host:
+        assert not host.link.dial_now(ECHO, answers.append), "there is no session yet"
+        channel = await machine.accept()
+        async with guest_agent(channel, guest_service(host.diary)):
+            await host.link.wait()
+            assert host.link.dial_now(ECHO, answers.append)
+            assert answers == [], "it is told later"
+            await until(lambda: answers)
+            (stream,) = answers
+            assert isinstance(stream, MuxStream)
+            await stream.send_all(b"hello")
+            assert await stream.receive_some() == b"hello"
+            assert host.link.dial_now(DialTcp("127.0.0.1", 8), answers.append)
+            await until(lambda: answers[1:])
+            assert isinstance(answers[1], OpenRefused)
+            assert answers[1].code is ErrorCode.REFUSED
+        await until(lambda: host.diary[-1] == "down")
+        assert not host.link.dial_now(ECHO, answers.append)
+        assert len(answers) == 2
+        await channel.aclose()
+
+
+async def test_who_cannot_wait_is_told_that_the_session_has_ended(instance: InstancePaths) -> None:
+    answers: list[MuxStream | OpenRefused | LinkError] = []
+    async with qemu(instance) as machine, hosting(instance) as host:
+        channel = await machine.accept()
+        async with guest_agent(channel, guest_service([], hold=True)):
+            await host.link.wait()
+            for _ in range(3):
+                assert host.link.dial_now(ECHO, answers.append)
+        await until(lambda: len(answers) == 3)
+        assert all(isinstance(answer, LinkError) for answer in answers)
+        await channel.aclose()
+
+
+async def test_sessions_share_a_lane_that_outlives_them(instance: InstancePaths) -> None:
+    lane = Lane()
+
+    async def on_up(link: Link) -> None:
+        await link.request(CONFIGURE)
+
+    link = GuestLink(
+        instance.control_socket, hello("host"), Service(), on_up=on_up, on_down=lambda: None, lane=lane
+    )
+    async with qemu(instance) as machine, trio.open_nursery() as nursery:
+        nursery.start_soon(lane.run)
+        nursery.start_soon(link.run)
+        channel = await machine.accept()
+        for number in range(3):
+            async with guest_agent(channel, guest_service([])):
+                await until(lambda: link.current)
+                assert link.sessions == number + 1
+                stream = await link.dial(ECHO)
+                assert stream.lane is lane
+                await until(lambda: len(lane._watched) == 1)
+                await stream.send_all(b"hello")
+                assert await stream.receive_some() == b"hello"
+            await until(lambda: link.current is None)
+        assert not lane._watched
+        nursery.cancel_scope.cancel()
+        await channel.aclose()
+    assert not lane._closed
+    lane.close()

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import trio
 from host_agent.client import hello
 from host_agent.fileserver.control import ServeShares, SharedFolder, SharesChanged, ShareStates
 from protocol import codec, messages
+from protocol.bulk import Bulk, Run
 from protocol.errors import LinkError
 from protocol.files import (
     MAX_FILES_PAYLOAD,
@@ -49,16 +50,22 @@ class Pending:
     """A call that has not been answered, and may have to be sent again."""
 
     call: FileCall[Any]
-    payload: bytes
+    payload: bytes | Run
     result: messages.Result | None = None
     sent: int = 0
+    lent: int = 0
+    """Bytes of the answer that came in memory."""
 
 
 class Kernel:
     """A guest's kernel and its calls, which outlive sessions: what was not answered is sent again, as agreed."""
 
-    def __init__(self, boot_id: str = "boot-1") -> None:
+    def __init__(self, boot_id: str = "boot-1", bulk: Bulk | None = None) -> None:
+        """``bulk``: memory that it offers."""
         self.boot_id = boot_id
+        self.bulk = bulk
+        self.keep_loans = False
+        """Whether a test releases what comes in memory; else it is copied at once."""
         self.link: Link | None = None
         self.over = trio.Event()  # when the session of now is
         self.pending: dict[int, Pending] = {}
@@ -85,7 +92,8 @@ class Kernel:
 
         service = Service()
         service.on_request(MountShares, mount)
-        greeting = messages.Hello(boot_id=self.boot_id, name="guest")
+        offer = None if self.bulk is None else messages.BulkOffer([], b"", self.bulk.busy())
+        greeting = messages.Hello(boot_id=self.boot_id, name="guest", bulk=offer)
         stream = await channel.establish()
         async with trio.open_nursery() as nursery:
             link = Link(
@@ -93,6 +101,7 @@ class Kernel:
                 Role.GUEST,
                 service,
                 greeting,
+                bulk=self.bulk,
                 max_payload=MAX_FILES_PAYLOAD,
                 max_backlog=1 << 30,  # the calls are its own, and so is the memory
             )
@@ -116,7 +125,7 @@ class Kernel:
             self.link = None
             nursery.cancel_scope.cancel()
 
-    def begin(self, call: FileCall[Any], payload: bytes = b"") -> Pending:
+    def begin(self, call: FileCall[Any], payload: bytes | Run = b"") -> Pending:
         """Ask; the call is sent again in every session until it is answered."""
         pending = Pending(call, payload)
         self.pending[id(pending)] = pending
@@ -128,7 +137,7 @@ class Kernel:
         def on_result(result: messages.Result | LinkError) -> None:
             if isinstance(result, messages.Result) and pending.result is None:
                 self.answers += 1
-                pending.result = result
+                pending.result = self._received(result, pending)
                 self.pending.pop(id(pending), None)
                 self._answered.unpark_all()
 
@@ -137,13 +146,23 @@ class Kernel:
         with suppress(LinkError):
             self.link.call(pending.call, pending.payload, on_result)
 
+    def _received(self, result: messages.Result, pending: Pending) -> messages.Result:
+        if (loan := result.loan) is None:
+            return result
+        pending.lent = len(loan)
+        if self.keep_loans:
+            return result
+        copied = replace(result, payload=bytes(result.payload), loan=None)
+        loan.release()
+        return copied
+
     async def finish(self, pending: Pending) -> messages.Result:
         with trio.fail_after(SOON):
             while pending.result is None:
                 await self._answered.park()
         return pending.result
 
-    async def ask(self, call: FileCall[T], payload: bytes = b"") -> T:
+    async def ask(self, call: FileCall[T], payload: bytes | Run = b"") -> T:
         """Ask and wait; raises ``OSError``."""
         result = await self.finish(self.begin(call, payload))
         if result.errno:

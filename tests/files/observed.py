@@ -1,0 +1,104 @@
+"""An agent of the files plane, the real one, that says on SIGUSR1 how its memory is used.
+
+    python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] SAY MODULE [ARGUMENT ...]
+
+``SAY`` is the file that it says it in (``memory.Use``). ``PATH`` has the guest's file from byte ``OFFSET`` on, instead
+of /dev/pmem0. ``SECONDS``: how long the guest waits for an absent host; that it is gone is noticed sooner, then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import mmap
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from protocol import bulk
+from protocol.region import FILE_SIZE, Region
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--patience", type=float)
+    parser.add_argument("--memory", nargs=2)
+    parser.add_argument("say", type=Path)
+    parser.add_argument("module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    _observe(options.say)
+    if options.memory is not None:
+        _map(options.memory[0], int(options.memory[1]))
+    if options.patience is not None:
+        _be_impatient(options.patience)
+    sys.argv[1:] = options.arguments
+    runpy.run_module(options.module, run_name="__main__", alter_sys=True)
+
+
+def _observe(where: Path) -> None:
+    all_of_them: list[bulk.Bulk] = []
+    received: dict[int, int] = {}
+    begin, receive = bulk.Bulk.__init__, bulk.Bulk.receive
+
+    @functools.wraps(begin)
+    def register(self: bulk.Bulk) -> None:
+        begin(self)
+        all_of_them.append(self)
+
+    @functools.wraps(receive)
+    def count(self: bulk.Bulk, *reference: Any, **options: Any) -> bulk.Loan:
+        received[id(self)] = received.get(id(self), 0) + 1
+        return receive(self, *reference, **options)
+
+    def say(*_: object) -> None:
+        said = None
+        for one in all_of_them:
+            if one._slots:
+                said = {
+                    "active": one.active,
+                    "mine": one._mine,
+                    "lent": one._theirs,
+                    "busy": one._busy,
+                    "held": one._held,
+                    "frees": one._frees,
+                    "old": sum(one._old),
+                    "received": received.get(id(one), 0),
+                }
+        draft = where.with_suffix(".draft")
+        draft.write_text(json.dumps(said))
+        draft.rename(where)
+
+    bulk.Bulk.__init__ = register  # type: ignore[method-assign]
+    bulk.Bulk.receive = count  # type: ignore[method-assign]
+    signal.signal(signal.SIGUSR1, say)
+
+
+def _map(path: str, offset: int) -> None:
+    from guest_agent import bulk_memory
+
+    def open_region() -> tuple[Region, list[int]]:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            region = Region(mmap.mmap(descriptor, FILE_SIZE, flags=mmap.MAP_SHARED, offset=offset))
+        finally:
+            os.close(descriptor)
+        return region, [offset, FILE_SIZE]
+
+    bulk_memory.open_region = open_region  # type: ignore[assignment]
+
+
+def _be_impatient(seconds: float) -> None:
+    import guest_agent.fuse.host
+    import protocol.link
+
+    guest_agent.fuse.host.PATIENCE = seconds  # type: ignore[misc]
+    protocol.link.Link.__init__.__kwdefaults__.update(heartbeat=0.5, dead_after=1.5)
+
+
+if __name__ == "__main__":
+    main()
