@@ -240,10 +240,12 @@ class Forwarder:
                 wakeup.set()
 
         lane = self._lane
+        self._on_close.append(wakeup.set)
         try:
             lane.watch(descriptor, READABLE, on_clients)
-            self._on_close.append(wakeup.set)
             await wakeup.wait()
+        except OSError as error:
+            logger.warning("clients are accepted by a task: %s", error.strerror)
         finally:
             self._on_close.remove(wakeup.set)
             acceptor.detach()

@@ -110,6 +110,14 @@ def _birth(pid: int, *, ended_too: bool = False) -> str | None:
     return (_linux_birth if sys.platform == "linux" else _psutil_birth)(pid, ended_too)
 
 
+def _has_threads(pid: int) -> bool:
+    """Whether a process whose first thread has ended still has others: one may be in the kernel, writing to a disk."""
+    try:
+        return any(thread != str(pid) for thread in os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return False
+
+
 def _linux_birth(pid: int, ended_too: bool) -> str | None:
     """Start time in ticks since this boot, and which boot (proc(5), /proc/PID/stat field 22).
 
@@ -122,7 +130,7 @@ def _linux_birth(pid: int, ended_too: bool) -> str | None:
         return None
     # The command in field 2 may hold spaces and parentheses; what follows the last one is regular.
     fields = stat[stat.rindex(b")") + 2 :].split()
-    if fields[0] in (b"Z", b"X") and not ended_too:
+    if fields[0] in (b"Z", b"X") and not ended_too and not _has_threads(pid):
         return None
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{int(fields[19])}"

@@ -178,6 +178,7 @@ class Bulk:
         for slot in _bits(self._held):
             self._old[slot] += 1
         self._held = self._told = self._frees = 0
+        self._wanted = False
         for account in self._accounts:
             if account is not None:
                 account.lent = 0

@@ -5,12 +5,14 @@ So one task of trio's waits for all descriptors at once (an epoll set is itself 
 calls what belongs to each event, and then, if something was passed on, stays for a moment, since the answer to it
 comes soon: after the turns of the peer's, so for as long as a few turns take here.
 
-The laws: a callback neither waits nor raises; other tasks wait for ``BUDGET`` and a stay at the most; while nothing
-is passed on, nobody stays, and nothing is polled.
+The laws: a callback neither waits nor raises (one that does is a bug, and loses its descriptor, not all others
+theirs); other tasks wait for ``BUDGET`` and a stay at the most; while nothing is passed on, nobody stays, and nothing
+is polled.
 """
 
 from __future__ import annotations
 
+import logging
 import select
 import selectors
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from time import perf_counter
 from typing import Final
 
 import trio
+
+log = logging.getLogger(__name__)
 
 READABLE: Final = 1
 WRITABLE: Final = 4
@@ -162,7 +166,11 @@ class Lane:
         while events:
             for descriptor, ready in events:
                 if (known := watched.get(descriptor)) is not None:
-                    known[1](ready)
+                    try:
+                        known[1](ready)
+                    except Exception:
+                        log.exception("lane.callback descriptor=%d", descriptor)
+                        self.forget(descriptor)
             if self._stopped or perf_counter() > end:
                 return
             if not (events := poll(0)) and self._expected:

@@ -149,6 +149,7 @@ class Link:
         self._reader_wakeup = trio.lowlevel.ParkingLot()
         self._memory_wanted = trio.lowlevel.ParkingLot()
         self._receiving = False
+        self._bug: Exception | None = None
         self._room_came = self._telling_room = False
 
     # --- life --------------------------------------------------------------------------------------
@@ -286,12 +287,15 @@ class Link:
         descriptor = -1 if self._receive_now is None else self._transport.fileno()  # type: ignore[attr-defined]
         while self._receive_now is not None and self._can_go_on and (data := self._receive_now()):
             self._take(data)  # what is here already wakes nobody up
+            await trio.lowlevel.checkpoint()
         if descriptor >= 0 and self._can_go_on:
             self.lane.watch(descriptor, READABLE, self._on_receivable)
             try:
                 await self._reader_wakeup.park()
             finally:
                 self.lane.forget(descriptor)
+            if self._bug is not None:
+                raise self._bug
 
     @property
     def _can_go_on(self) -> bool:
@@ -304,22 +308,27 @@ class Link:
 
     def _on_receivable(self, ready: int) -> None:
         assert self._receive_now is not None
-        data = None if ready != READABLE or self._error is not None else self._receive_now()
-        if data is not None:
-            self._take(data)
-        if data is None or not self._can_go_on:
+        data = None
+        try:
+            if ready == READABLE and self._error is None and (data := self._receive_now()) is not None:
+                self._take(data)
+        except Exception as error:  # this link's end, and not that of all who share the lane
+            self._bug = error
+        if data is None or self._bug is not None or not self._can_go_on:
             self._reader_wakeup.unpark_all()
             self.lane.stop()
 
     def _take(self, data: bytes) -> None:
         session = self._running()
         self._receiving = True
-        if (express := session.receive_express(data)) is not None:
-            if self._error is None:
-                self._streams[express[0]].on_data(express[1], None)
-        else:
-            self._dispatch_all(session.receive_data(data, trio.current_time()))
-        self._receiving = False
+        try:
+            if (express := session.receive_express(data)) is not None:
+                if self._error is None:
+                    self._streams[express[0]].on_data(express[1], None)
+            else:
+                self._dispatch_all(session.receive_data(data, trio.current_time()))
+        finally:
+            self._receiving = False
         self._forget_closed()
         if self._room_came:
             self._on_room()
@@ -650,8 +659,7 @@ class Link:
         self._calling.pop(event.id)(event)
 
     def _on_open(self, event: messages.Open) -> None:
-        if (stream := self._serving.on_open(event)) is not None:
-            self._streams[event.stream] = stream
+        self._serving.on_open(event, self._streams)
 
     def _on_opened(self, event: messages.Opened) -> None:
         session = self._running()

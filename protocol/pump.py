@@ -25,7 +25,7 @@ from protocol.lane import READABLE, WRITABLE, Lane
 from protocol.muxstream import MuxStream
 from protocol.splice import LINGER_NONE, Spliced
 
-CHUNK: Final = 256 * 1024
+CHUNK: Final = 512 * 1024
 """Bytes read from a socket at a time: what loopback has buffered when its reader is busy."""
 
 INLINE_CHUNK: Final = 64 * 1024

@@ -180,24 +180,25 @@ class Serving:
 
     # --- streams -----------------------------------------------------------------------------------
 
-    def on_open(self, event: messages.Open) -> MuxStream | None:
-        """Start the handler of an offered stream; returns the stream it may accept, None if refused."""
+    def on_open(self, event: messages.Open, streams: dict[int, MuxStream]) -> None:
+        """Start the handler of an offered stream; the one that it may accept is in ``streams`` before it runs."""
         try:
             handler, at_once = self._service.bind_stream(event.kind, event.args)
         except OpenRefused as error:
-            if not self._session.knows(event.stream):
-                return MuxStream(self._session, event.stream, self._flush)
-            self._session.refuse(event.stream, error.code, error.message, error.hint)
-            return None
+            if self._session.knows(event.stream):
+                self._session.refuse(event.stream, error.code, error.message, error.hint)
+            else:
+                streams[event.stream] = MuxStream(self._session, event.stream, self._flush)
+            return
         incoming = Incoming(self._session, event.stream, self._flush, self._express, self._lane)
+        streams[event.stream] = incoming.stream
         if not self._session.knows(event.stream):
-            return incoming.stream  # cut again in the same breath; nobody answers any more
+            return  # cut again in the same breath; nobody answers any more
         if at_once is not None and at_once(incoming):
-            return incoming.stream
+            return
         self._offers[event.stream] = incoming
         self._lane.stop()
         self._nursery.start_soon(self._serve_stream, event.kind, handler, incoming)
-        return incoming.stream
 
     def on_reset(self, number: int, error: StreamReset) -> None:
         """The peer has cut a stream; if it was only offered, its handler is stopped."""

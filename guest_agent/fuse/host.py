@@ -30,7 +30,7 @@ from guest_agent.fuse.operation import Resume, Wait
 from guest_agent.fuse.turns import Gate, Turns
 from protocol import codec
 from protocol.bulk import Loan, Run
-from protocol.errors import LinkError
+from protocol.errors import DecodeError, LinkError
 from protocol.files import FileCall
 from protocol.link import OnResult
 from protocol.messages import Result
@@ -111,6 +111,11 @@ class Ask(Generic[ResultT]):
         if outcome.errno:
             _release(outcome)
             raise OSError(outcome.errno, "")
+        try:
+            result: ResultT = codec.decode(self.call.RESULT, outcome.value)
+        except DecodeError:
+            _release(outcome)
+            raise
         if outcome.loan is None:
             self.received = outcome.payload
         elif self.may_lend:
@@ -118,7 +123,6 @@ class Ask(Generic[ResultT]):
         else:
             self.received = bytes(outcome.payload)
             outcome.loan.release()
-        result: ResultT = codec.decode(self.call.RESULT, outcome.value)
         return result
 
     def begin(self, resume: Resume) -> None:
@@ -126,9 +130,11 @@ class Ask(Generic[ResultT]):
         self._host.enter(self)
 
     def on_result(self, result: Result | LinkError) -> None:
-        if result.__class__ is Result:
-            self._host.answered(self)
-            self.finish(result)
+        if isinstance(result, Result):
+            if self._host.answered(self):
+                self.finish(result)
+            else:  # the session is over, and it is asked again already
+                _release(result)
         # Else the session is over, and the host asks again.
 
     def finish(self, outcome: Result | LinkError | int) -> None:
@@ -194,12 +200,15 @@ class Host:
         else:
             ask.finish(errno.EIO)
 
-    def answered(self, ask: Ask[Any]) -> None:
-        """(For ``Ask``.)"""
+    def answered(self, ask: Ask[Any]) -> bool:
+        """(For ``Ask``.) Whether it was waiting for that, in this session."""
+        if ask not in self._sent:
+            return False
         del self._sent[ask]
         self._turns.end(ask)
         if self._turns.waiting:
             self._pump()
+        return True
 
     def gate(self, share: int) -> Gate:
         """Closed while so much of ``share`` waits that no more should be taken from the kernel."""

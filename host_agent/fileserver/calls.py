@@ -114,7 +114,10 @@ class Calls:
 
     def end_session(self) -> None:
         """Nobody waits any more for what has not begun; a changing call is never held back."""
-        self._waiting -= len(self._admission.drop())
+        for job in self._admission.drop():
+            self._waiting -= 1
+            self._waiting_bytes -= len(job.payload)
+            _answer(job.asker, errno.EIO)  # which goes nowhere, but nothing of the call is kept
 
     def drop(self, share: int) -> None:
         """``share`` is not served any more."""
@@ -237,6 +240,8 @@ class Calls:
                 self._conclude(job)
             except Exception:
                 logger.exception("call.unanswered kind=%s", type(job.call).__name__)
+                if job.run is not None and job.run.slots:
+                    job.run.give_back()
             if job.room:
                 self._admission.ended(job.share, job.room)
         self._admission.go_on()

@@ -42,3 +42,10 @@ def plane() -> Iterator[Plane]:
         yield plane
         assert plane.server.alive()
         assert plane.agent.alive()
+
+
+@pytest.fixture(scope="module")
+def inline() -> Iterator[Plane]:
+    """As ``plane``, but without memory that both sides have."""
+    with Plane(with_memory=False) as plane:
+        yield plane

@@ -97,7 +97,9 @@ def _be_impatient(seconds: float) -> None:
     import protocol.link
 
     guest_agent.fuse.host.PATIENCE = seconds  # type: ignore[misc]
-    protocol.link.Link.__init__.__kwdefaults__.update(heartbeat=0.5, dead_after=1.5)
+    defaults = protocol.link.Link.__init__.__kwdefaults__
+    assert defaults is not None
+    defaults.update(heartbeat=0.5, dead_after=1.5)
 
 
 if __name__ == "__main__":

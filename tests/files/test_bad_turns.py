@@ -258,8 +258,9 @@ else:
 """
 
 
-def test_a_full_disk_reaches_the_writer() -> None:
-    with small_filesystem() as small, Plane(host=small) as plane:
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_a_full_disk_reaches_the_writer(with_memory: bool) -> None:
+    with small_filesystem() as small, Plane(host=small, with_memory=with_memory) as plane:
         lines = plane.python(FILL).splitlines()
         assert lines[0] == "ENOSPC True True"
         plane.sh("rm file")
@@ -276,8 +277,9 @@ def test_a_full_disk_reaches_the_writer() -> None:
         plane.sh("rm -f big file")
 
 
-def test_a_full_disk_reaches_who_syncs_a_mapping() -> None:
-    with small_filesystem() as small, Plane(host=small) as plane:
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_a_full_disk_reaches_who_syncs_a_mapping(with_memory: bool) -> None:
+    with small_filesystem() as small, Plane(host=small, with_memory=with_memory) as plane:
         finished = plane.run([sys.executable, "-c", STORE], status=None)
         # Linux may find out at the store already (SIGBUS), but never says that all is well.
         assert finished.output in ("msync ENOSPC\n", "msync EIO\n") or finished.status < 0, finished
@@ -289,8 +291,9 @@ def test_a_full_disk_reaches_who_syncs_a_mapping() -> None:
         )
 
 
-def test_fsync_says_what_a_write_did_not() -> None:
-    with small_filesystem() as small, Plane(host=small) as plane:
+@pytest.mark.parametrize("with_memory", [True, False])
+def test_fsync_says_what_a_write_did_not(with_memory: bool) -> None:
+    with small_filesystem() as small, Plane(host=small, with_memory=with_memory) as plane:
         (small / "filler").write_bytes(bytes(7 << 20))
         assert (
             errno_of(

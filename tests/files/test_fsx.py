@@ -33,10 +33,16 @@ def fsx(plane: Plane, operations: int, *arguments: str) -> None:
     finished = plane.run([*argv, *arguments], timeout=60 + operations / 100, status=None)
     print(finished.output)
     assert finished.status == 0, f"{finished.output[-12000:]}\n{finished.errors}"
+    host = plane.server.use() if plane.with_memory else None
+    assert not plane.with_memory or (host is not None and host.received > operations // 100)
 
 
 def test_both_sides_change_one_file(plane: Plane) -> None:
     fsx(plane, 14_000, "--host", str(plane.host))
+
+
+def test_both_sides_change_one_file_without_memory(inline: Plane) -> None:
+    fsx(inline, 5_000, "--host", str(inline.host))
 
 
 def test_one_side_changes_a_file(plane: Plane) -> None:

@@ -10,11 +10,15 @@ import pytest
 from tests.files.harness import Plane
 
 
+def clear(plane: Plane) -> None:
+    for path in plane.host.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.fixture(autouse=True)
 def clean(plane: Plane) -> Iterator[None]:
     yield
-    for path in plane.host.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    clear(plane)
 
 
 JOBS = {
@@ -27,8 +31,21 @@ JOBS = {
 }
 
 
+OF_LARGE_DATA = {name: JOBS[name] for name in ("random mapped", "sequential 128 KiB", "asynchronous, direct")}
+
+
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_fio_reads_what_it_wrote(plane: Plane, job: list[str], pytestconfig: pytest.Config) -> None:
+    fio(plane, job, pytestconfig)
+
+
+@pytest.mark.parametrize("job", OF_LARGE_DATA.values(), ids=OF_LARGE_DATA)
+def test_fio_without_memory(inline: Plane, job: list[str], pytestconfig: pytest.Config) -> None:
+    fio(inline, job, pytestconfig)
+    clear(inline)
+
+
+def fio(plane: Plane, job: list[str], pytestconfig: pytest.Config) -> None:
     size = "64m" if pytestconfig.getoption("--long") else "4m"
     argv = ["fio", "--name=job", "--directory=.", f"--size={size}", f"--filesize={size}", "--numjobs=2", *job]
     argv += ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--group_reporting", "--fallocate=none"]

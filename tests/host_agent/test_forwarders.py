@@ -710,7 +710,7 @@ async def prompt(on_lane: bool) -> AsyncIterator[tuple[ForwardRunner, LinkedGues
     """A runner that needs no task for a connection, and what ends it. No descriptor is left."""
     before = set(os.listdir("/dev/fd"))
     lane = Lane()
-    with trio.fail_after(60):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lane.run)
             guest = LinkedGuest(nursery, lane)

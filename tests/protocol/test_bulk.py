@@ -416,8 +416,11 @@ def test_a_reference_without_a_session_that_uses_memory() -> None:
 def test_what_was_not_lent_cannot_be_given_back(bitmap: bytes) -> None:
     plane = Plane()
     account = Account()
-    kept = plane.run(SLOT)
-    lent = plane.run(SLOT, account)
+    kept = plane.run(2 * SLOT)
+    kept.length = SLOT
+    kept.trim()
+    lent = plane.run(2 * SLOT, account)
+    lent.length = SLOT
     assert (kept.first, lent.first) == (0, 1)
     plane.own.lend(lent, account)
     with pytest.raises(RemoteProtocolError):

@@ -15,6 +15,7 @@ from guest_agent.fuse.notifier import NotifierFull
 from guest_agent.fuse.volume import Volume
 from protocol import codec
 from protocol.api import Done
+from protocol.bulk import Run
 from protocol.errors import LinkClosed, LinkError
 from protocol.files import ATTR, FileCall
 from protocol.link import OnResult
@@ -28,7 +29,7 @@ class Asked:
     """A call that has reached the host."""
 
     call: FileCall[Any]
-    payload: bytes
+    payload: bytes | Run
     on_result: OnResult
 
     def answer(self, value: object = None, payload: bytes = b"") -> None:
@@ -45,7 +46,7 @@ class ScriptedLink:
         self.asked: list[Asked] = []
         self.over = False
 
-    def call(self, call: FileCall[Any], payload: bytes, on_result: OnResult) -> None:
+    def call(self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult) -> None:
         if self.over:
             raise LinkClosed("over")
         self.asked.append(Asked(call, payload, on_result))

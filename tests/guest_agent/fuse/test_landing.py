@@ -116,7 +116,11 @@ def test_the_longest_names_and_values(device: Device, landing: Landing) -> None:
     assert bodies.parse_rename2(request.body) == (9, 1, old, new)
     value = noise(LONGEST_VALUE)
     body = struct.pack("<II", len(value), 2) + b"user.name\0" + value
-    assert bodies.parse_setxattr(read(landing, device, Opcode.SETXATTR, body).body) == (2, b"user.name", value)
+    assert bodies.parse_setxattr(read(landing, device, Opcode.SETXATTR, body).body) == (
+        2,
+        b"user.name",
+        value,
+    )
     body = b"link\0" + b"t" * 4095 + b"\0"
     assert bytes(read(landing, device, Opcode.SYMLINK, body).body) == body
 
@@ -215,8 +219,8 @@ def test_nothing_to_read_costs_nothing(device: Device) -> None:
 
 def test_there_is_room_for_the_largest_request(device: Device) -> None:
     """The kernel reads out nothing (EINVAL) to who has less than the headers and ``max_write`` bytes."""
-    assert HEAD + MAX_RUN >= abi.IN_HEADER.size + 40 + abi.MAX_WRITE
-    assert abi.BUFFER_BYTES >= abi.IN_HEADER.size + 40 + abi.MAX_WRITE
+    assert abi.IN_HEADER.size + 40 + abi.MAX_WRITE <= HEAD + MAX_RUN
+    assert abi.IN_HEADER.size + 40 + abi.MAX_WRITE <= abi.BUFFER_BYTES
 
 
 @pytest.mark.parametrize("gives_back", [False, True])
@@ -240,7 +244,9 @@ def test_a_handler_that_fails_keeps_no_slots(
 
     with Failing(os.dup(device.fd), MountSpec(1, "/nowhere")) as connection:
         for unique in (2, 4, 6):
-            connection._dispatch(read(landing, device, Opcode.WRITE, write_body(noise(MAX_RUN)), unique), handle)
+            connection._dispatch(
+                read(landing, device, Opcode.WRITE, write_body(noise(MAX_RUN)), unique), handle
+            )
     assert answers == [(unique, errno.EIO) for unique in (2, 4, 6)]
     assert caplog.text.count("RuntimeError: a bug") == 3
     assert bulk.free == SLOTS

@@ -170,7 +170,7 @@ class Kernel:
         value: T = codec.decode(call.RESULT, result.value)
         return value
 
-    async def ask_anything(self, op: int, args: object, payload: bytes = b"") -> messages.Result:
+    async def ask_anything(self, op: int, args: object, payload: bytes | Run = b"") -> messages.Result:
         """The answer to a call of any shape, which is sent once. Raises ``LinkError`` if the session ends instead."""
         outcomes: list[messages.Result | LinkError] = []
         come = trio.Event()

@@ -12,12 +12,13 @@ MIB = 1 << 20
 
 
 class Scene:
-    """Shares are letters, items are (share, number). ``backlog`` is the link's."""
+    """Shares are letters, items are (share, number). ``backlog`` is the link's, ``memory`` what is free of it."""
 
     def __init__(self) -> None:
         self.backlog = 0
+        self.memory = MAX_ANSWERS
         self.begun: list[tuple[str, int]] = []
-        self.admission = Admission(self.begun.append, lambda: self.backlog)
+        self.admission = Admission(self.begun.append, lambda: self.backlog, lambda size: size <= self.memory)
 
     def ask(self, share: str, *numbers: int, size: int = MIB) -> None:
         for number in numbers:
@@ -96,6 +97,58 @@ def test_shares_that_hang_leave_one_at_a_time_to_each_other(scene: Scene) -> Non
         scene.ended("z")
 
 
+def test_a_share_with_something_under_way_waits_for_memory(scene: Scene) -> None:
+    scene.memory = 0
+    scene.ask("a", *range(4))
+    assert scene.begun_of("a") == [0], "one goes without"
+    scene.admission.go_on()
+    assert scene.begun_of("a") == [0]
+    scene.memory = MIB
+    scene.admission.go_on()
+    assert scene.begun_of("a") == [0, 1, 2, 3]
+
+
+def test_who_waits_for_memory_goes_on_in_order(scene: Scene) -> None:
+    scene.memory = MIB // 2
+    scene.ask("a", 0)
+    scene.ask("a", 1)
+    scene.ask("a", 2, size=1)  # there would be memory for it
+    assert scene.begun_of("a") == [0]
+    scene.memory = MIB
+    scene.admission.go_on()
+    assert scene.begun_of("a") == [0, 1, 2]
+
+
+def test_without_any_memory_every_share_goes_on_one_at_a_time(scene: Scene) -> None:
+    scene.memory = 0
+    for share in "abc":
+        scene.ask(share, *range(10))
+    for done in range(1, 10):
+        for share in "abc":
+            assert scene.begun_of(share) == list(range(done))
+            scene.ended(share)
+    assert {share: len(scene.begun_of(share)) for share in "abc"} == dict.fromkeys("abc", 10)
+
+
+def test_a_share_that_hangs_with_all_memory_does_not_stop_another(scene: Scene) -> None:
+    scene.ask("a", *range(OF_A_SHARE))
+    scene.memory = 0
+    scene.ask("b", *range(5))
+    for done in range(1, 6):
+        assert scene.begun_of("b") == list(range(done))
+        scene.ended("b")
+    assert len(scene.begun_of("a")) == OF_A_SHARE
+
+
+def test_memory_is_not_enough_if_the_link_has_too_much_to_write(scene: Scene) -> None:
+    scene.backlog = MAX_ANSWERS - MIB
+    scene.ask("a", 0, 1)
+    assert scene.begun_of("a") == [0]
+    scene.backlog = 0
+    scene.admission.go_on()
+    assert scene.begun_of("a") == [0, 1]
+
+
 def test_what_is_dropped_does_not_begin(scene: Scene) -> None:
     scene.ask("a", *range(OF_A_SHARE + 2))
     assert scene.admission.drop() == [("a", OF_A_SHARE), ("a", OF_A_SHARE + 1)]
@@ -136,6 +189,7 @@ def test_all_begin_once_in_their_shares_order_and_within_the_limit(scene: Scene,
             end_one()
         elif action >= 0.9:
             scene.backlog = chance.randrange(scene.backlog + 1)
+            scene.memory = chance.choice([0, MIB, MAX_ANSWERS])
             scene.admission.go_on()
         assert under_way() + scene.backlog <= MAX_ANSWERS + len(asked) * MIB
     while over < len(scene.begun):
