@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="the sizes for emulation everywhere")
     parser.add_argument("--minutes", type=float, default=30.0, help="begin nothing after this (default 30)")
     parser.add_argument(
-        "--patience", type=float, default=30.0, help="seconds for a workload on a peer, in all rounds"
+        "--patience", type=float, default=300.0, help="seconds for a workload on a peer, in all rounds"
     )
     parser.add_argument("--accel", default="auto", help="as of agentctl up")
     parser.add_argument("--cpus", type=int, default=2, help="of the VM")
