@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from host_agent import bulk_memory
+from host_agent import bulk_filesystem, bulk_memory
 from host_agent.paths import InstancePaths
 from protocol.bulk import SLOT
-from protocol.region import FILE_SIZE, FILES
+from protocol.region import CONTROL, FILE_SIZE, FILES, Plane
 from protocol.session import Role
-from tests.e2e.harness import Instance, eventually
+from tests.e2e.harness import PATIENCE, Instance, eventually, free_port
+from tests.e2e.test_mounts import file_server_pid, files_agent_pid
+from tests.e2e.test_ports import greeting, guest_server
 
 pytestmark = pytest.mark.vm
 
@@ -128,6 +136,164 @@ def test_a_host_agent_that_comes_later_finds_it(vm: Instance) -> None:
     os.kill(before["agent_pid"], signal.SIGKILL)
     eventually(lambda: vm.status()["agent_restarts"] > before["agent_restarts"])
     assert memory_of(vm).stat().st_ino == same
+    assert vm.status()["bulk_memory"] == 64 << 20
+
+
+# --- what goes through it --------------------------------------------------------------------------
+
+LARGE = 64 * 1000 * 1000
+COPIED = 24 * 1000 * 1000  # over and over
+VICTIMS = ["guest agent", "files agent", "host agent", "file server"]
+
+
+@pytest.fixture
+def project() -> Iterator[Path]:
+    """A folder of the user's, below the home that is shared by default."""
+    folder = Path(tempfile.mkdtemp(prefix="agentctl-e2e-", dir=Path.home()))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def halves_with(vm: Instance, plane: Plane, content: bytes) -> set[str]:
+    """Whose slots of ``plane`` hold a piece of ``content``, which is random: that is the way it has gone."""
+    region = bulk_memory.map_region(memory_of(vm), [bulk_filesystem.FILE_START, FILE_SIZE])
+    try:
+        # Pieces begin anywhere in a stream; a few bytes of a slot's beginning tell.
+        return {
+            role.value
+            for role in (Role.HOST, Role.GUEST)
+            for start in range(0, plane.slots * SLOT, SLOT)
+            if bytes(region.halves(plane, role)[0][start : start + 32]) in content
+        }
+    finally:
+        region.close()
+
+
+def copied_in_a_container(vm: Instance, image: str, project: Path, size: int) -> bytes:
+    """Have a container copy a file of random content, whole and intact; returns the content."""
+    content = os.urandom(size)
+    (project / "in").write_bytes(content)
+    script = "sha256sum </src/in && cp /src/in /src/out && sync && sha256sum </src/out"
+    options = ("--rm", "-v", f"{project}:/src", image, "/bin/busybox", "sh", "-c", script)
+    wanted = hashlib.sha256(content).hexdigest()
+    assert [line.split()[0] for line in vm.docker("run", *options).splitlines()] == [wanted, wanted]
+    assert digest(project / "out") == wanted
+    return content
+
+
+def echoed(port: int, content: bytes) -> bytes:
+    """What comes back of ``content``; raises ``OSError`` if the connection is reset."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        stream = connection.makefile("rb")
+        assert stream.readline() == b"it\n"
+
+        def send() -> None:
+            with suppress(OSError):
+                connection.sendall(content)
+                connection.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            return stream.read()
+        finally:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            sender.join()
+
+
+def test_a_large_file_is_intact_both_ways(vm: Instance, image: str, project: Path) -> None:
+    content = copied_in_a_container(vm, image, project, LARGE)
+    assert halves_with(vm, FILES, content) == {"host", "guest"}
+
+
+def test_a_port_carries_much_both_ways(vm: Instance) -> None:
+    port, content = free_port(), os.urandom(LARGE)
+    with guest_server(vm, port, "it", "127.0.0.1"):
+        assert eventually(lambda: greeting(port)) == "it"
+        back = echoed(port, content)
+    assert len(back) == LARGE + len(b"bye")
+    assert back == content + b"bye"
+    assert halves_with(vm, CONTROL, content) == {"host", "guest"}
+
+
+def pid_of(vm: Instance, victim: str) -> int:
+    """0 while there is none."""
+    if victim == "host agent":
+        return int(vm.status().get("agent_pid") or 0)
+    if victim == "file server":
+        return file_server_pid(vm)
+    if victim == "files agent":
+        return files_agent_pid(vm)
+    return int(vm.guest("systemctl show -P MainPID agentctl-agent.service", check=False) or 0)
+
+
+def kill(vm: Instance, victim: str) -> None:
+    """SIGKILL, and wait for a successor."""
+    pid = pid_of(vm, victim)
+    assert pid
+    if victim in ("host agent", "file server"):
+        os.kill(pid, signal.SIGKILL)
+    else:
+        vm.guest(f"kill -9 {pid}", check=False)
+    eventually(lambda: pid_of(vm, victim) not in (0, pid))
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_who_is_killed_in_the_middle_of_it_spoils_nothing(
+    vm: Instance, image: str, project: Path, victim: str
+) -> None:
+    content, port = os.urandom(COPIED), free_port()
+    (project / "in").write_bytes(content)
+    # Over and over, so that some of it is under way whenever somebody dies.
+    script = "while [ ! -e /src/stop ]; do cp /src/in /src/out && cmp /src/in /src/out && touch /src/copied || exit; done"
+    container = vm.docker("run", "-d", "-v", f"{project}:/src", image, "/bin/busybox", "sh", "-c", script)
+    outcomes: list[str] = []
+    stop = threading.Event()
+
+    def carry() -> None:
+        while not stop.is_set():
+            with suppress(OSError):
+                back = echoed(port, content)
+                outcomes.append(
+                    "whole" if back == content + b"bye" else "cut" if content.startswith(back) else "wrong"
+                )
+
+    try:
+        with guest_server(vm, port, "it", "127.0.0.1"):
+            # The server goes with the guest agent, which runs it.
+            assert eventually(lambda: greeting(port)) == "it"
+            carrier = threading.Thread(target=carry)
+            carrier.start()
+            try:
+                eventually(
+                    lambda: (project / "out").exists() and (project / "out").stat().st_size > COPIED // 4
+                )
+                kill(vm, victim)
+                (project / "copied").unlink(missing_ok=True)
+                eventually(lambda: (project / "copied").exists(), 240)
+            finally:
+                stop.set()
+                (project / "stop").touch()
+                carrier.join()
+        assert eventually(lambda: vm.docker("wait", container, check=False), 240) == "0"
+    finally:
+        vm.docker("rm", "-f", container)
+    assert "wrong" not in outcomes
+    assert digest(project / "out") == hashlib.sha256(content).hexdigest()
+    # The memory is in use again, of both planes.
+    (project / "stop").unlink()
+    assert halves_with(vm, FILES, copied_in_a_container(vm, image, project, 4 << 20)) == {"host", "guest"}
+    port, again = free_port(), os.urandom(4 << 20)
+    with guest_server(vm, port, "it", "127.0.0.1"):
+        assert eventually(lambda: greeting(port)) == "it"
+        assert echoed(port, again) == again + b"bye"
+    assert halves_with(vm, CONTROL, again) == {"host", "guest"}
     assert vm.status()["bulk_memory"] == 64 << 20
 
 

@@ -15,7 +15,7 @@ from guest_agent.fuse.operation import start
 from protocol import codec
 from protocol.api import Done
 from protocol.bulk import MAX_RUN, SLOT, Bulk, Run
-from protocol.files import List, Listing, Read, Write, Written
+from protocol.files import Flushed, List, Listing, Read, Write, Written
 from protocol.messages import Result
 from tests.guest_agent.fuse.script import ATTRIBUTES, Asked, Script, failed, pack, replied
 
@@ -258,6 +258,13 @@ def test_what_another_call_was_answered_is_copied_out() -> None:
     assert script.nothing_is_kept
     assert received == [b"l" * SLOT]
     script.peer.freed(script.bulk.take_frees())
+
+
+def test_an_answer_that_nobody_waits_for_keeps_no_memory() -> None:
+    script = Shared()
+    script.host.tell(Flushed(7, 0, 5))
+    script.answer(script.take(), b"r" * SLOT)
+    assert script.nothing_is_kept
 
 
 async def test_an_answer_for_a_caller_that_was_let_go_keeps_no_memory(

@@ -165,6 +165,16 @@ def test_when_no_run_is_free_it_lands_in_private_and_then_in_slots_again(device:
     assert data_of(third) == other
 
 
+def test_many_short_writes_in_flight_have_slots_each(device: Device) -> None:
+    """Each takes a long run and keeps the first slot of it; that must not leave holes that no other fits into."""
+    bulk = memory(128)
+    landing = Landing(bulk)
+    requests = [
+        read(landing, device, Opcode.WRITE, write_body(noise(4096))) for _ in range(128 - OF_A_REQUEST)
+    ]
+    assert all(request.run is not None for request in requests)
+
+
 def test_a_session_that_ends_takes_nothing_of_what_has_landed(device: Device) -> None:
     bulk = memory(40)
     landing = Landing(bulk)
