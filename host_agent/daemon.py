@@ -30,6 +30,7 @@ from host_agent import agentlog, docker_context, docker_ready, groups, guest_uni
 from host_agent import config as configuration
 from host_agent.api_server import Answers, ApiServer
 from host_agent.boot import Booter, vm_files
+from host_agent.bulk_memory import SIZE as BULK_MEMORY_SIZE
 from host_agent.bulk_plane import plane
 from host_agent.cleanup import clean_up, remember
 from host_agent.client import hello
@@ -437,7 +438,9 @@ class HostAgent:
     def _bulk(self, current: state.InstanceState) -> tuple[int, str]:
         """Bytes of memory that payloads go through, and in a clause why there are none."""
         link = self._guest.current
-        if current.bulk_memory and link is not None and not link.bulk.active:
+        if link is not None and link.bulk.active:
+            return BULK_MEMORY_SIZE, ""  # also of a VM that was taken over without its records
+        if current.bulk_memory and link is not None:
             return 0, "the guest does not offer the memory that it was given"
         return current.bulk_memory, current.bulk_reason
 
