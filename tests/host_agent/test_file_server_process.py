@@ -51,7 +51,7 @@ async def test_one_that_cannot_be_started_leaves_nothing_open(tmp_path: Path) ->
     with pytest.raises(FileNotFoundError):
         async with running(["/nonexistent/program"], tmp_path / "log"):
             pass
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @contextmanager
