@@ -173,8 +173,8 @@ class Lane:
                         self.forget(descriptor)
             if self._stopped or perf_counter() > end:
                 return
-            if not (events := poll(0)) and self._expected:
-                self._expected = False
+            expected, self._expected = self._expected, False
+            if not (events := poll(0)) and expected:
                 events = self._linger()
 
     def _linger(self) -> list[tuple[int, int]]:
