@@ -374,7 +374,10 @@ def test_it_does_not_stay_for_what_nobody_expects(lane: Lane, bench: Bench) -> N
     assert perf_counter() - start < 25
 
 
-def test_what_was_expected_and_stopped_before_a_turn_is_not_of_that_turn(lane: Lane, bench: Bench) -> None:
+def test_what_was_expected_and_stopped_before_a_turn_is_not_of_that_turn(
+    lane: Lane, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "BUDGET", 60.0)
     lane._stay = 0.0005
     end = bench.ready()
     lane.watch(end.fileno(), READABLE, bench.note(end))
