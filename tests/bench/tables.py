@@ -12,6 +12,11 @@ def significant(value: float) -> str:
     return f"{value:.4f}"
 
 
+def factor(value: float | None) -> str:
+    """A ratio, or that there is none."""
+    return "-" if value is None else f"{significant(value)}x"
+
+
 def aligned(rows: list[list[str]]) -> list[str]:
     """A line for each of ``rows``: the first column flush left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

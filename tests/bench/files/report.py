@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tests.bench import records
-from tests.bench.tables import aligned, significant
+from tests.bench.tables import aligned, factor, significant
 
 FORMAT = 1
 
@@ -142,7 +142,7 @@ def table(report: Report) -> str:
     rows = [["seconds", *report.peers, *(f"{OURS} / {peer}" for peer in others)]]
     for workload in report.workloads:
         times = [_seconds(cells.get((workload, peer)), report.rounds) for peer in report.peers]
-        rows.append([workload, *times, *(_factor(ratios.get((workload, peer))) for peer in others)])
+        rows.append([workload, *times, *(factor(ratios.get((workload, peer))) for peer in others)])
     lines = aligned(rows)
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", *_footnotes(report)]) + "\n"
@@ -153,10 +153,6 @@ def _seconds(cell: Cell | None, rounds: int) -> str:
         return "-"
     number = f"{'~' if cell.is_wide else ''}{significant(cell.median)}"
     return number if cell.samples == rounds else f"({cell.samples}) {number}"
-
-
-def _factor(value: float | None) -> str:
-    return "-" if value is None else f"{significant(value)}x"
 
 
 def _footnotes(report: Report) -> list[str]:

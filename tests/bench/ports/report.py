@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tests.bench import records
-from tests.bench.tables import aligned, significant
+from tests.bench.tables import aligned, factor, significant
 
 FORMAT = 1
 
@@ -138,9 +138,7 @@ def table(report: Report) -> str:
     rows = [["", "unit", *report.peers, *(f"{OURS} / {peer}" for peer in others)]]
     for row in report.rows:
         values = [_value(cells.get((row.name, peer)), report.rounds) for peer in report.peers]
-        rows.append(
-            [row.name, row.unit, *values, *(_factor(ratios.get((row.name, peer))) for peer in others)]
-        )
+        rows.append([row.name, row.unit, *values, *(factor(ratios.get((row.name, peer))) for peer in others)])
     lines = aligned(rows)
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", *_footnotes(report)]) + "\n"
@@ -151,10 +149,6 @@ def _value(cell: Cell | None, rounds: int) -> str:
         return "-"
     number = f"{'~' if cell.is_wide else ''}{significant(cell.median)}"
     return number if cell.samples == rounds else f"({cell.samples}) {number}"
-
-
-def _factor(value: float | None) -> str:
-    return "-" if value is None else f"{significant(value)}x"
 
 
 def _footnotes(report: Report) -> list[str]:
