@@ -2,7 +2,8 @@
 
 The law: nothing a host does or fails to do ends the agent. A session that breaks is logged, and the
 next one begins with nothing of it left: its streams, processes and requests were its own. What
-outlives sessions is what the machine is: the picture of its ports and its default user.
+outlives sessions is what the machine is: the picture of its ports, its default user, and its sockets that lead
+to the host.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from pathlib import Path
 
 import trio
 
-from guest_agent import dial, execute, fdstore
+from guest_agent import datagrams, dial, execute, fdstore
 from guest_agent.bulk_memory import GuestPlane, open_region
+from guest_agent.clock import Clock
+from guest_agent.data_disk import DataDisk
+from guest_agent.docker_settings import DockerSettings
+from guest_agent.entrances import Entrances
+from guest_agent.foreign import ForeignPrograms
+from guest_agent.host_network import HostNetwork
+from guest_agent.owners import OwnerService
 from guest_agent.ports import PortDetector
+from guest_agent.spawn import find_account
 from guest_agent.system import System
 from guest_agent.transports import OpenTransport
+from guest_agent.usage import UsageService
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.link import Link, Role, SerialChannel, Service
@@ -32,6 +42,10 @@ log = logging.getLogger(__name__)
 PAUSE = 0.5
 """Seconds before a transport that broke is opened again, and after a session that never came to be
 (a host of another version asks again at once, and for ever)."""
+
+READY_AFTER = 60.0
+"""Seconds for a host to come and say how its network is used, and what dockerd's settings are; then Docker is let go
+ahead without."""
 
 
 def make_hello() -> Hello:
@@ -46,11 +60,23 @@ class Agent:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.ports = PortDetector()
-        self._system = System(nursery, lambda: self.ports.detection)
+        self._system = System(nursery, lambda: self.ports.detection, port_dumps=lambda: self.ports.dumps)
         self._service = Service()
         self._system.register(self._service)
+        Clock().register(self._service)
+        DataDisk().register(self._service)
+        self._prepared = (trio.Event(), trio.Event())
+        network, docker = self._prepared
+        HostNetwork(network.set).register(self._service)
+        DockerSettings(docker.set).register(self._service)
+        ForeignPrograms().register(self._service)
         dial.register(self._service)
+        datagrams.register(self._service)
         execute.register(self._service, lambda: self._system.default_user)
+        OwnerService().register(self._service)
+        UsageService().register(self._service)
+        self.entrances = Entrances(lambda: find_account(self._system.default_user))
+        self.entrances.register(self._service)
         self._hello = make_hello()
         self._plane = GuestPlane(CONTROL, open_region())
 
@@ -59,7 +85,7 @@ class Agent:
         while True:
             try:
                 transport = await open_transport()
-                fdstore.notify("READY=1\nSTATUS=waiting for the host")
+                fdstore.notify("STATUS=waiting for the host")
                 async with transport:
                     channel = SerialChannel(transport)
                     while True:
@@ -68,6 +94,15 @@ class Agent:
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, LinkError) as error:
                 log.warning("transport.lost error=%r", error)
             await trio.sleep(PAUSE)
+
+    async def report_readiness(self) -> None:
+        """Tell systemd, which lets Docker start, once what Docker reads as it starts is there."""
+        with trio.move_on_after(READY_AFTER) as waiting:
+            for prepared in self._prepared:
+                await prepared.wait()
+        if waiting.cancelled_caught:
+            log.warning("ready.without_host seconds=%g", READY_AFTER)
+        fdstore.notify("READY=1")
 
     async def _session(self, stream: trio.abc.Stream) -> bool:
         """One session, to its end; False if there were not even greetings."""
@@ -79,7 +114,8 @@ class Agent:
                 await nursery.start(_run_and_end, link, nursery.cancel_scope)
                 greeted = True
                 log.info("session.begin peer=%s digest=%s", link.peer.name, link.peer.digest)
-                await self.ports.announce(link.notify)
+                with self.entrances.session(link):
+                    await self.ports.announce(link.notify)
         except* LinkError as errors:
             log.info("session.end reason=%s", errors.exceptions[0])
         except* Exception as errors:
@@ -118,4 +154,6 @@ async def run(open_transport: OpenTransport) -> None:
     async with stopped_by_signals(), trio.open_nursery() as nursery:
         agent = Agent(nursery)
         nursery.start_soon(agent.ports.run)
+        nursery.start_soon(agent.report_readiness)
+        await nursery.start(agent.entrances.run)
         await agent.serve(open_transport)

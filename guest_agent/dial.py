@@ -15,8 +15,8 @@ from functools import partial
 
 import trio
 
-from protocol.api import DialTcp, DialUnix
-from protocol.errors import ErrorCode
+from protocol.api import DialName, DialTcp, DialUnix
+from protocol.errors import ErrorCode, OpenRefused
 from protocol.link import Incoming, Service
 from protocol.pump import Pump, pump
 
@@ -24,6 +24,13 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 15.0
 """Seconds for a connection inside the guest or from it; the kernel's own is over two minutes."""
+
+LOOKUPS = 16
+"""Names resolved at a time. Each takes a thread, which resolv.conf's timeouts keep (10 s and more where nobody
+answers) also if the host has given up; threads of others, such as sock_diag's, are not waited for by these."""
+
+MAX_ADDRESSES = 8
+"""Addresses of a name that are tried; they share ``CONNECT_TIMEOUT``."""
 
 _CODES = {
     errno.ECONNREFUSED: ErrorCode.REFUSED,
@@ -72,6 +79,50 @@ async def connect_unix(target: DialUnix) -> trio.SocketStream:
     if not target.path.startswith("/") or "\0" in target.path:
         raise ValueError("the path of a socket is absolute")
     return await _connect(socket.AF_UNIX, target.path)
+
+
+class Names:
+    """Connections to names, which the guest's own resolver is asked for."""
+
+    def __init__(self) -> None:
+        self._lookups = trio.CapacityLimiter(LOOKUPS)
+
+    async def dial(self, target: DialName, incoming: Incoming) -> None:
+        """Handler of ``DialName`` streams."""
+        await _serve(partial(self.connect, target), f"{target.host} port {target.port}", incoming)
+
+    async def connect(self, target: DialName) -> trio.SocketStream:
+        """A connection to the first address that answers. The time is the caller's to limit.
+
+        Raises ``OpenRefused`` for a name that leads nowhere, ``ValueError`` if it is none; else the ``OSError`` of
+        the last address.
+        """
+        if not 0 < target.port < 65536:
+            raise ValueError(f"port {target.port} is out of range")
+        addresses = await self._resolve(target.host)
+        failure = OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        for index, (family, address) in enumerate(addresses):
+            share = max(0.0, trio.current_effective_deadline() - trio.current_time()) / (
+                len(addresses) - index
+            )
+            with trio.move_on_after(share):
+                try:
+                    return await _connect(family, (address, target.port))
+                except OSError as error:
+                    failure = error
+                    continue
+            failure = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        raise failure
+
+    async def _resolve(self, name: str) -> list[tuple[int, str]]:
+        """Families and numeric addresses of ``name``, best first (RFC 6724, as getaddrinfo(3) sorts them)."""
+        look_up = partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
+        try:
+            found = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self._lookups)
+        except socket.gaierror as error:
+            code = ErrorCode.UNREACHABLE if error.errno == socket.EAI_AGAIN else ErrorCode.NOT_FOUND
+            raise OpenRefused(code, f"{name}: {error.strerror}") from error
+        return [(family, str(address[0])) for family, _, _, _, address in found[:MAX_ADDRESSES]]
 
 
 async def _connect(family: int, address: tuple[str, int] | str) -> trio.SocketStream:
@@ -135,6 +186,7 @@ def dial_tcp_at_once(target: DialTcp, incoming: Incoming) -> bool:
 
 
 def register(service: Service) -> None:
-    """Answer ``DialTcp`` and ``DialUnix`` on a link."""
+    """Answer ``DialTcp``, ``DialUnix`` and ``DialName`` on a link."""
     service.on_stream(DialTcp, dial_tcp, dial_tcp_at_once)
     service.on_stream(DialUnix, dial_unix)
+    service.on_stream(DialName, Names().dial)

@@ -28,7 +28,7 @@ from guest_agent.fuse.notifier import Notifiers
 from guest_agent.transports import PORTS, OpenTransport, run_agent
 from protocol.build import digest
 from protocol.errors import LinkError
-from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, NamesGone
+from protocol.files import MAX_FILES_PAYLOAD, Changed, MountReports, MountShares, NamesGone, Renewed, in_use
 from protocol.lane import Lane
 from protocol.link import Hello, Link, Role, SerialChannel, Service
 from protocol.region import FILES
@@ -58,7 +58,7 @@ class FilesAgent:
         self._notifiers = Notifiers()
         self._mounts = Mounts(self._host, self._notifiers, nursery, Landing(self._plane.bulk), self._lane)
         self._arranged = trio.Event()
-        self._hello = make_hello()
+        self._boot_id = boot_id()
         nursery.start_soon(self._notifiers.run)
         nursery.start_soon(self._host.keep_patience)
         nursery.start_soon(self._host.watch_the_signalled)
@@ -98,7 +98,7 @@ class FilesAgent:
             stream,
             Role.GUEST,
             service,
-            self._plane.offered(self._hello),
+            self._plane.offered(self._hello()),
             bulk=self._plane.bulk,
             lane=self._lane,
             max_payload=MAX_FILES_PAYLOAD,
@@ -106,6 +106,8 @@ class FilesAgent:
         )
         service.on_request(MountShares, partial(self._mount_shares, link))
         service.on_notice(NamesGone, self._mounts.drop_names)
+        service.on_notice_at_once(Changed, self._mounts.take_back)
+        service.on_notice_at_once(Renewed, self._mounts.renew)
         greeted = False
         try:
             async with trio.open_nursery() as nursery:
@@ -118,7 +120,13 @@ class FilesAgent:
             log.error("session.failed", exc_info=errors)
         finally:
             self._host.detach(link)
+            self._mounts.void_promises()
         return greeted
+
+    def _hello(self) -> Hello:
+        """For a session that begins now."""
+        said = ["files", in_use(self._mounts.in_use | self._host.shares)]
+        return Hello(digest=digest(), boot_id=self._boot_id, capabilities=said, name="guest-files")
 
     async def _mount_shares(self, link: Link, request: MountShares) -> MountReports:
         # From here on calls may be sent, and must: a mount inside of a share is looked up in that one.
@@ -128,9 +136,8 @@ class FilesAgent:
         return MountReports(reports, time.time_ns())
 
 
-def make_hello() -> Hello:
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return Hello(digest=digest(), boot_id=boot_id, capabilities=["files"], name="guest-files")
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 async def run(open_transport: OpenTransport) -> None:

@@ -7,8 +7,9 @@ closed meanwhile, the peer needs only the difference; and a peer that knows noth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
-from protocol.api import Listener, Listeners
+from protocol.api import Listener, Listeners, Proto
 
 MAX_PER_NOTICE = 512
 """Listeners in one notice. A listener takes at most about 350 bytes on the wire (a unit name is at
@@ -18,10 +19,13 @@ MAX_UNIT = 255
 """systemd's own limit of a unit name, in characters (UNIT_NAME_MAX)."""
 
 MAX_LISTENERS = 16_384
-"""Listeners that are reported at all, lowest ports first. A guest that opens more costs itself the
+"""Listeners of one protocol that are reported at all, lowest ports first. A guest that opens more costs itself the
 highest of them, but neither side its memory. Ten thousand is the most that was ever asked for."""
 
 Snapshot = frozenset[Listener]
+Protos = frozenset[Proto]
+
+ALL_PROTOS: Protos = frozenset(Proto)
 
 
 def bounded(snapshot: Snapshot) -> Snapshot:
@@ -35,16 +39,35 @@ def notices(before: Snapshot | None, after: Snapshot) -> Iterator[Listeners]:
     """The notices that turn a peer's knowledge from ``before`` into ``after``.
 
     ``None`` before means that the peer knows nothing yet: the first notice is then ``full``, and
-    there is one even if nothing listens. Otherwise equal pictures give no notice at all. What goes is
-    told before what comes, so that a listener that only changed its unit is never counted twice.
+    there is one even if nothing listens. Otherwise equal pictures give no notice at all. What goes and
+    what comes on one port is in one notice, so that the port stays open for a server that only moves.
     """
     full = before is None
-    removed = sorted((before or frozenset()) - after)
-    added = sorted(after - (before or frozenset()))
-    for start in range(0, len(removed), MAX_PER_NOTICE):
-        yield Listeners(full=False, added=[], removed=removed[start : start + MAX_PER_NOTICE])
-    for start in range(0, len(added), MAX_PER_NOTICE):
-        yield Listeners(full=full, added=added[start : start + MAX_PER_NOTICE])
+    changed = sorted(
+        after ^ (before or frozenset()), key=lambda each: (each.proto, each.port, each in after, each)
+    )
+    for part in _parts(changed):
+        yield Listeners(
+            full=full,
+            added=[each for each in part if each in after],
+            removed=[each for each in part if each not in after],
+        )
         full = False
     if full:
         yield Listeners(full=True, added=[])
+
+
+def _parts(changed: list[Listener]) -> Iterator[list[Listener]]:
+    """``changed``, ``MAX_PER_NOTICE`` at a time, and no port's apart unless it has more than that."""
+    part: list[Listener] = []
+    for _, of_port in groupby(changed, key=lambda each: (each.proto, each.port)):
+        together = list(of_port)
+        if part and len(part) + len(together) > MAX_PER_NOTICE:
+            yield part
+            part = []
+        part += together
+        while len(part) > MAX_PER_NOTICE:
+            yield part[:MAX_PER_NOTICE]
+            part = part[MAX_PER_NOTICE:]
+    if part:
+        yield part

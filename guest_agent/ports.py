@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 import trio
 
 from guest_agent import sockdiag, tracefs
-from guest_agent.listeners import Snapshot, notices
-from protocol.api import Listeners
+from guest_agent.edges import NOTHING, Known
+from guest_agent.listeners import ALL_PROTOS, Protos, Snapshot, notices
+from protocol.api import Listeners, Proto
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,11 @@ class Wakes(Protocol):
     confirm_after: float
     """Seconds from a wake-up to one more dump, infinity if the first tells all."""
 
-    async def wait(self, known_ports: Collection[int]) -> None: ...
+    async def wait(self, known: Known) -> Protos:
+        """Return when the truth may differ from ``known``, with the protocols it may differ in."""
 
-    def settle(self, changed: bool) -> None: ...
+    def settle(self, read: Protos, changed: Protos) -> None:
+        """These protocols were read, for whatever reason, and in those the truth was another."""
 
 
 class PollingWakes:
@@ -50,10 +53,11 @@ class PollingWakes:
     def __init__(self) -> None:
         self._interval = POLL_FASTEST
 
-    async def wait(self, known_ports: Collection[int]) -> None:
+    async def wait(self, known: Known) -> Protos:
         await trio.sleep(self._interval)
+        return ALL_PROTOS
 
-    def settle(self, changed: bool) -> None:
+    def settle(self, read: Protos, changed: Protos) -> None:
         self._interval = POLL_FASTEST if changed else min(POLL_SLOWEST, self._interval * POLL_FACTOR)
 
 
@@ -62,7 +66,7 @@ async def open_polling() -> AsyncIterator[Wakes]:
     yield PollingWakes()
 
 
-Dump = Callable[[], Awaitable[Snapshot]]
+Dump = Callable[[Protos], Awaitable[Snapshot]]
 OpenWakes = Callable[[], AbstractAsyncContextManager[Wakes]]
 
 
@@ -72,6 +76,8 @@ class PortDetector:
     def __init__(self) -> None:
         self.detection = "starting"
         """What ``GuestInfo.port_detection`` says: starting, tracefs or polling."""
+        self.dumps = 0
+        """How often the truth was asked for; it does not grow while nothing changes."""
         self._picture: Snapshot | None = None
         self._changed = trio.Event()
 
@@ -92,35 +98,51 @@ class PortDetector:
                 log.warning("ports.detection source=%s error=%s", self.detection, error)
 
     async def _follow(self, dump: Dump, wakes: Wakes) -> None:
-        confirm_at = -math.inf
+        confirm, confirm_at = ALL_PROTOS, -math.inf
         while True:
-            woken = False
+            woken: Protos = NOTHING
             with trio.move_on_at(confirm_at):
-                await wakes.wait({listener.port for listener in self._picture or ()})
-                woken = True
+                woken = await wakes.wait(
+                    {(listener.proto, listener.port) for listener in self._picture or ()}
+                )
             started = trio.current_time()
-            wakes.settle(await self._read(dump))
+            read = woken or confirm
+            changed = await self._read(dump, read)
+            wakes.settle(read, changed)
             now = trio.current_time()
-            confirm_at = now + wakes.confirm_after if woken else math.inf
+            # Of UDP a vain wake-up, of which there may be many, says nothing that needs to be confirmed.
+            if needed := woken & (changed | {Proto.TCP}):
+                confirm, confirm_at = (
+                    needed | (confirm if confirm_at < math.inf else NOTHING),
+                    now + wakes.confirm_after,
+                )
+            elif not woken:
+                confirm, confirm_at = NOTHING, math.inf
             # Under constant change detection takes no more than half a core.
             await trio.sleep(now - started)
 
-    async def _read(self, dump: Dump) -> bool:
-        """Take a new picture; True if it differs. A failure is reported and tried again."""
+    async def _read(self, dump: Dump, protos: Protos) -> Protos:
+        """Take a new picture of ``protos``; returns in which it differs. A failure is reported and tried again."""
         while True:
+            self.dumps += 1
             try:
-                picture = await dump()
+                seen = await dump(protos)
             except Exception as error:
                 log.warning("ports.dump error=%r", error)
                 await trio.sleep(RETRY_AFTER)
             else:
                 break
+        before = self._picture or frozenset()
+        picture = seen | {listener for listener in before if listener.proto not in protos}
         if picture == self._picture:
-            return False
+            return NOTHING
+        changed = (
+            protos if self._picture is None else frozenset(listener.proto for listener in before ^ picture)
+        )
         self._picture = picture
         self._changed.set()
         self._changed = trio.Event()
-        return True
+        return changed
 
     async def announce(self, notify: Callable[[Listeners], Awaitable[None]]) -> None:
         """Tell one session everything, then every change, until cancelled or ``notify`` raises."""

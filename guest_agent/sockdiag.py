@@ -1,5 +1,11 @@
 """What listens, as the kernel tells it: sock_diag through pyroute2, over one socket kept open.
 
+TCP has listeners. UDP has none, so what counts as one is a socket that is bound, not connected, and whose port its
+program chose. A server may connect its socket to its first client (iperf3, socat, DTLS): the listener that was there
+stays while any socket has its port. What clients leave to the kernel (no bind(2), or one to port 0) the kernel
+remembers to have chosen itself, and it filters that out (``SERVERS``). The range of ephemeral ports would say less:
+WireGuard's 51820 is in it.
+
 The law: this is the truth, and the only one. It sees the network namespace it was opened in, so
 containers with their own are not in it (what Docker publishes for them is). pyroute2 carries the
 netlink exchange; the answers are decoded here, because its own decoder takes 50 us a socket (a dump
@@ -20,7 +26,7 @@ import queue
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,12 +36,16 @@ from typing import Any
 import trio
 
 from guest_agent.cgroups import Units, find_hierarchy
-from guest_agent.listeners import MAX_UNIT, Snapshot, bounded
+from guest_agent.listeners import ALL_PROTOS, MAX_UNIT, Protos, Snapshot, bounded
 from protocol.api import Listener, Proto
 
 log = logging.getLogger(__name__)
 
 TCP_LISTEN = 10
+TCP_CLOSE = 7
+"""Also the state of a UDP socket that is not connected."""
+TCP_ESTABLISHED = 1
+"""Also the state of a UDP socket that is connected."""
 NLMSG_ERROR = 2
 SOCK_DIAG_BY_FAMILY = 20
 INET_DIAG_CGROUP_ID = 21
@@ -48,6 +58,9 @@ _INET_DIAG_MSG = struct.Struct("=BBBB HH 16s16s I8s IIIII".replace(" ", ""))
 _PORT = struct.Struct(">H")
 _NLATTR = struct.Struct("=HH")
 _ERRNO = struct.Struct("=i")
+SERVERS = struct.pack("=BBH BBH", 6, 4, 8, 1, 4, 8)
+"""A filter of two instructions (inet_diag_bc_op: code, offset if yes, offset if no); a socket passes that ends up
+exactly behind them. INET_DIAG_BC_AUTO: did the kernel choose the port? No: behind. Yes: INET_DIAG_BC_JMP, to beyond."""
 _MAPPED = b"\x00" * 10 + b"\xff\xff"
 
 
@@ -85,6 +98,23 @@ def _cgroup_id(message: bytes, offset: int) -> int:
             return int.from_bytes(message[offset + 4 : offset + 12], sys.byteorder)
         offset += max(length + 3 & ~3, _NLATTR.size)  # attributes are aligned to 4 bytes
     return 0
+
+
+def still_serving(gone: Snapshot, rows: Sequence[Row]) -> Snapshot:
+    """Those UDP servers of before that have no unconnected socket any more, but a connected one of ``rows``.
+
+    connect(2) gives a socket that was bound to all addresses the one that it talks from.
+    """
+    if not gone:
+        return gone
+    connected = {(row.address, row.port) for row in rows if row.state == TCP_ESTABLISHED}
+    ports = {port for _, port in connected}
+    return frozenset(
+        server
+        for server in gone
+        if (server.port in ports and server.address in ("0.0.0.0", "::"))
+        or (server.address, server.port) in connected
+    )
 
 
 def parse_message(data: bytes, offset: int, length: int) -> dict[str, Any]:
@@ -127,7 +157,11 @@ class SocketTable:
 
     def __init__(self, units: Units) -> None:
         self._units = units
+        self._servers: Snapshot = frozenset()
         self._diag = _import_diag()
+        # Which attributes a request may have is not known to pyroute2.
+        attributes = ("INET_DIAG_REQ_NONE", "none"), ("INET_DIAG_REQ_BYTECODE", "cdata")
+        self._request = type("inet_diag_req", (self._diag.inet_diag_req,), {"nla_map": attributes})
         self._socket = self._diag.DiagSocket()
         marshal = self._diag.MarshalDiag()
         marshal.get_parser = lambda key, flags, sequence: parse_message
@@ -140,23 +174,46 @@ class SocketTable:
     def close(self) -> None:
         self._socket.close()
 
-    def listeners(self) -> Snapshot:
-        """Every TCP listener of this network namespace. Raises ``OSError`` if the kernel refuses."""
-        rows = [*self._dump(socket.AF_INET), *self._dump(socket.AF_INET6)]
-        return bounded(frozenset(self._listener(row) for row in rows if row.state == TCP_LISTEN and row.port))
+    def listeners(self, protos: Protos = ALL_PROTOS) -> Snapshot:
+        """Every listener of these protocols in this network namespace. Raises ``OSError`` if the kernel refuses."""
+        found: Snapshot = frozenset()
+        if Proto.TCP in protos:
+            found |= bounded(
+                frozenset(self._listener(Proto.TCP, row) for row in self._rows(Proto.TCP, TCP_LISTEN))
+            )
+        if Proto.UDP in protos:
+            self._servers = bounded(self._udp_servers())
+            found |= self._servers
+        return found
 
-    def _listener(self, row: Row) -> Listener:
+    def _udp_servers(self) -> Snapshot:
+        rows = list(self._rows(Proto.UDP, TCP_CLOSE, TCP_ESTABLISHED))
+        servers = frozenset(self._listener(Proto.UDP, row) for row in rows if row.state == TCP_CLOSE)
+        return servers | still_serving(self._servers - servers, rows)
+
+    def _listener(self, proto: Proto, row: Row) -> Listener:
         unit = self._units.name(row.cgroup) if row.cgroup else ""
-        return Listener(Proto.TCP, row.address, row.port, unit[:MAX_UNIT])
+        return Listener(proto, row.address, row.port, unit[:MAX_UNIT])
 
-    def _dump(self, family: int) -> Iterator[Row]:
-        request = self._diag.inet_diag_req()
+    def _rows(self, proto: Proto, *states: int) -> Iterator[Row]:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for row in self._dump(family, proto, states):
+                if row.state in states and row.port:
+                    yield row
+
+    def _dump(self, family: int, proto: Proto, states: Sequence[int]) -> Iterator[Row]:
+        request = self._request()
         request["sdiag_family"] = family
-        request["sdiag_protocol"] = socket.IPPROTO_TCP
-        request["idiag_states"] = 1 << TCP_LISTEN
+        request["sdiag_protocol"] = socket.IPPROTO_UDP if proto is Proto.UDP else socket.IPPROTO_TCP
+        request["idiag_states"] = sum(1 << state for state in states)
+        if proto is Proto.UDP:
+            request["attrs"] = [("INET_DIAG_REQ_BYTECODE", SERVERS)]
         for message in self._socket.nlm_request(request, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP):
             if message["row"] is not None:
                 yield message["row"]
+
+
+_Answer = Callable[[Snapshot | Exception], None]
 
 
 class Dumper:
@@ -164,11 +221,11 @@ class Dumper:
 
     def __init__(self, make: Callable[[], SocketTable]) -> None:
         self._make = make
-        self._asked: queue.SimpleQueue[Callable[[Snapshot | Exception], None] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Protos, _Answer] | None] = queue.SimpleQueue()
         self.dumps = 0
 
-    async def listeners(self) -> Snapshot:
-        """What listens now. Raises what the dump raised; the next one starts with a new socket.
+    async def listeners(self, protos: Protos = ALL_PROTOS) -> Snapshot:
+        """What listens now with these protocols. Raises what the dump raised; the next one starts with a new socket.
 
         The first takes as long as importing pyroute2 does. Cancelling leaves the thread to finish
         a dump nobody waits for any more.
@@ -181,7 +238,7 @@ class Dumper:
             token.run_sync_soon(answered.set)
 
         token = trio.lowlevel.current_trio_token()
-        self._asked.put(answer)
+        self._asked.put((protos, answer))
         await answered.wait()
         if isinstance(answers[0], Exception):
             raise answers[0]
@@ -194,10 +251,11 @@ class Dumper:
     def serve(self) -> None:
         """The thread: until ``stop``."""
         table: SocketTable | None = None
-        while (answer := self._asked.get()) is not None:
+        while (asked := self._asked.get()) is not None:
+            protos, answer = asked
             try:
                 table = table or self._make()
-                answer(table.listeners())
+                answer(table.listeners(protos))
             except Exception as error:
                 if table is not None:
                     table.close()

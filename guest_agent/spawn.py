@@ -19,6 +19,7 @@ from typing import Any
 
 import trio
 
+from guest_agent.host_network import login_environment
 from protocol.api import Exec, WindowSize
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
@@ -69,7 +70,6 @@ def environment(account: Account, target: Exec) -> dict[str, str]:
     """The environment of a login of ``account``, with what ``target`` adds."""
     base = {
         "HOME": account.home,
-        "LANG": "C.UTF-8",
         "LOGNAME": account.name,
         "PATH": USER_PATH if account.uid else ROOT_PATH,
         "SHELL": account.shell,
@@ -77,7 +77,7 @@ def environment(account: Account, target: Exec) -> dict[str, str]:
     }
     if target.tty is not None:
         base["TERM"] = "xterm-256color"
-    return base | target.env
+    return {"LANG": "C.UTF-8", **login_environment(), **base, **target.env}
 
 
 def working_directory(account: Account, target: Exec) -> str:

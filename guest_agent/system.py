@@ -17,14 +17,12 @@ from pathlib import Path
 import trio
 
 from guest_agent.accounts import check, ensure_user, write_atomically
+from guest_agent.clock import TOLERANCE_NS
 from protocol.api import Configure, Configured, Done, GetGuestInfo, GuestInfo, Shutdown
 from protocol.errors import ErrorCode, RpcError
 from protocol.link import Service
 
 log = logging.getLogger(__name__)
-
-CLOCK_TOLERANCE_NS = 100_000_000
-"""A clock that is off by less is left alone: stepping costs more (timers, builds) than 100 ms do."""
 
 HOST_NAME = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?(\.[A-Za-z0-9-]{1,63})*")
 """RFC 1123, and Linux's limit of 64 (HOST_NAME_MAX)."""
@@ -62,9 +60,12 @@ class System:
         port_detection: Callable[[], str],
         root: Path = Path("/"),
         kernel: Kernel | None = None,
+        *,
+        port_dumps: Callable[[], int] = lambda: 0,
     ) -> None:
         self._nursery = nursery
         self._port_detection = port_detection
+        self._port_dumps = port_dumps
         self._root = root
         self._kernel = kernel or Kernel()
         self.default_user = ""
@@ -101,7 +102,7 @@ class System:
     def _set_clock(self, host_ns: int) -> int:
         """Step the clock to the host's if it is far off; returns by how much it moved, in ns."""
         step = host_ns - self._kernel.now_ns()
-        if abs(step) <= CLOCK_TOLERANCE_NS:
+        if abs(step) <= TOLERANCE_NS:
             return 0
         self._kernel.set_clock(host_ns)
         return step
@@ -130,6 +131,7 @@ class System:
             data_total=total,
             data_free=free,
             port_detection=self._port_detection(),
+            port_dumps=self._port_dumps(),
         )
 
     def _data_disk(self) -> tuple[int, int]:

@@ -20,25 +20,46 @@ import trio
 from host_agent.client import hello
 from host_agent.errors import UserError
 from host_agent.events import EventLog
-from host_agent.forwarders import Dial, listen_unix
+from host_agent.forwarders import Dial
+from host_agent.forwards import MAX_FORWARDS, clipped
 from host_agent.groups import collapsed
+from host_agent.owners import named
+from host_agent.unix_listening import listen_unix
 from protocol import codec
 from protocol.api import (
     AddMounts,
+    ChangeDisk,
+    ChangePorts,
+    ChangeSocketForwards,
+    CompactDisk,
+    DialName,
+    DialTcp,
+    Disk,
     Done,
     Event,
     Exec,
     Forward,
     Forwards,
+    GetDisk,
     GetForwards,
     GetMounts,
+    GetPortSettings,
+    GetSocketForwards,
     GetStatus,
+    GetUsage,
     GuestInfo,
     InstanceStatus,
     Mounts,
     MountSpec,
+    Owner,
+    PortSettings,
+    ReloadSettings,
+    SettingsReloaded,
+    SocketRows,
     StopInstance,
     Subscribe,
+    Target,
+    Usage,
 )
 from protocol.errors import ErrorCode, LinkClosed, LinkError, OpenRefused, RpcError
 from protocol.frames import MAX_HEADER, encode_frame
@@ -49,12 +70,16 @@ from protocol.splice import abort, splice
 
 logger = logging.getLogger(__name__)
 
-#: Events a subscriber may be behind; one that is further behind does not read and is dropped.
-MAX_BEHIND = 1024
+#: Events a subscriber may be behind; one that is further behind does not read and is dropped. All ports may change at
+#: once, twice each (closed here, open there), before anything is sent; an event has 200 to 400 bytes.
+MAX_BEHIND = 4 * MAX_FORWARDS
 
 #: Bytes of rows, as they are encoded, in one piece of the table of forwards. Half of what a frame takes, so that
 #: nobody has to count what is around them; about 1,000 rows, each of which is at most 2 KB.
 MAX_PIECE = MAX_HEADER // 2
+
+#: Containers of which is told what they use; each takes 1 KB at the most (``clipped``).
+MAX_CONTAINERS = 64
 
 #: How long the last words to each client may take when the agent ends, seconds.
 FAREWELL = 1.0
@@ -74,20 +99,31 @@ class Answers:
     dial: Dial
     mounts: Callable[[], Awaitable[Mounts]]
     add_mounts: Callable[[Sequence[MountSpec]], Awaitable[Mounts]]
+    port_settings: Callable[[], PortSettings]
+    change_ports: Callable[[ChangePorts], PortSettings]
+    sockets: Callable[[], Awaitable[SocketRows]]
+    change_sockets: Callable[[ChangeSocketForwards], Awaitable[SocketRows]]
+    owners: Callable[[], Awaitable[list[Owner]]]
+    disk: Callable[[], Awaitable[Disk]]
+    change_disk: Callable[[int], Awaitable[Disk]]
+    compact_disk: Callable[[], Awaitable[Disk]]
+    usage: Callable[[], Awaitable[Usage]]
+    reload: Callable[[], Awaitable[list[str]]]
 
 
 class _Listing:
     """The table of forwards for one client: all pieces are of the moment at which it asked for the first."""
 
-    def __init__(self, forwards: Callable[[], Forwards]) -> None:
-        self._forwards = forwards
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
         self._rows: list[Forward] = []
 
     async def answer(self, request: GetForwards) -> Forwards:
         """The rows from ``request.offset`` on, as many as fit, but at least one if there is one."""
         await trio.lowlevel.checkpoint()
         if request.offset == 0:
-            self._rows = self._forwards().forwards
+            owners = await self._answers.owners() if request.owners else []
+            self._rows = named(self._answers.forwards().forwards, owners)
         total = len(self._rows)
         if not 0 <= request.offset <= total:
             raise RpcError(ErrorCode.INVALID, f"the table has {total} rows, so none at {request.offset}")
@@ -112,12 +148,22 @@ def _presentable(status: InstanceStatus) -> InstanceStatus:
         detail=clip(status.detail),
         hint=clip(status.hint),
         guest_digest=clip(status.guest_digest),
+        warnings=[clip(warning) for warning in status.warnings],
         guest=None if status.guest is None else _presentable_guest(status.guest),
     )
 
 
 def _presentable_guest(guest: GuestInfo) -> GuestInfo:
     return replace(guest, kernel=clip(guest.kernel), port_detection=clip(guest.port_detection))
+
+
+def _presentable_usage(usage: Usage) -> Usage:
+    """``usage`` with a list of containers that fits, and names that do."""
+    if usage.guest is None:
+        return usage
+    listed = usage.guest.containers[:MAX_CONTAINERS]
+    named = [replace(each, id=clipped(each.id), name=clipped(each.name)) for each in listed]
+    return replace(usage, guest=replace(usage.guest, load=usage.guest.load[:3], containers=named))
 
 
 class ApiServer:
@@ -170,6 +216,9 @@ class ApiServer:
         async def status(_: GetStatus) -> InstanceStatus:
             return _presentable(await self._answers.status())
 
+        async def usage(_: GetUsage) -> Usage:
+            return _presentable_usage(await self._answers.usage())
+
         async def stop(request: StopInstance) -> Done:
             await self._answers.stop(request)
             return Done()
@@ -185,20 +234,79 @@ class ApiServer:
             except OSError as error:
                 raise RpcError(ErrorCode.DENIED, f"the list of mounts could not be saved: {error}") from None
 
-        async def subscribe(_: Subscribe) -> Done:
-            await nursery.start(self._send_events, link, nursery.cancel_scope)
+        async def sockets(_: GetSocketForwards) -> SocketRows:
+            return await self._answers.sockets()
+
+        async def change_sockets(request: ChangeSocketForwards) -> SocketRows:
+            try:
+                return await self._answers.change_sockets(request)
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+            except OSError as error:
+                raise RpcError(ErrorCode.DENIED, f"the list of sockets could not be saved: {error}") from None
+
+        async def port_settings(_: GetPortSettings) -> PortSettings:
+            await trio.lowlevel.checkpoint()
+            return self._answers.port_settings()
+
+        async def change_ports(request: ChangePorts) -> PortSettings:
+            await trio.lowlevel.checkpoint()
+            try:
+                return self._answers.change_ports(request)
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+            except OSError as error:
+                raise RpcError(ErrorCode.DENIED, f"the rules could not be saved: {error}") from None
+
+        async def disk(_: GetDisk) -> Disk:
+            return await self._answers.disk()
+
+        async def change_disk(request: ChangeDisk) -> Disk:
+            try:
+                return await self._answers.change_disk(request.size)
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+            except OSError as error:
+                raise RpcError(ErrorCode.DENIED, f"the disk's size could not be saved: {error}") from None
+
+        async def compact_disk(_: CompactDisk) -> Disk:
+            try:
+                return await self._answers.compact_disk()
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+
+        async def reload(_: ReloadSettings) -> SettingsReloaded:
+            try:
+                return SettingsReloaded([clip(note) for note in await self._answers.reload()])
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+            except OSError as error:
+                raise RpcError(ErrorCode.DENIED, f"the settings could not be kept: {error}") from None
+
+        async def subscribe(request: Subscribe) -> Done:
+            await nursery.start(self._send_events, link, nursery.cancel_scope, request.only_new)
             return Done()
 
         service.on_request(GetStatus, status)
-        service.on_request(GetForwards, _Listing(self._answers.forwards).answer)
+        service.on_request(GetUsage, usage)
+        service.on_request(GetForwards, _Listing(self._answers).answer)
         service.on_request(GetMounts, mounts)
         service.on_request(AddMounts, add_mounts)
+        service.on_request(GetPortSettings, port_settings)
+        service.on_request(ChangePorts, change_ports)
+        service.on_request(GetSocketForwards, sockets)
+        service.on_request(ChangeSocketForwards, change_sockets)
+        service.on_request(GetDisk, disk)
+        service.on_request(ChangeDisk, change_disk)
+        service.on_request(CompactDisk, compact_disk)
+        service.on_request(ReloadSettings, reload)
         service.on_request(StopInstance, stop)
         service.on_request(Subscribe, subscribe)
-        service.on_stream(Exec, self._relay)
+        for kind in (Exec, DialTcp, DialName):
+            service.on_stream(kind, self._relay)
 
     async def _send_events(
-        self, link: Link, client: trio.CancelScope, task_status: trio.TaskStatus[None]
+        self, link: Link, client: trio.CancelScope, only_new: bool, task_status: trio.TaskStatus[None]
     ) -> None:
         sender, receiver = trio.open_memory_channel[Event](MAX_BEHIND)
 
@@ -212,15 +320,15 @@ class ApiServer:
         remembered = self._events.subscribe(on_event)
         try:
             task_status.started()
-            for event in remembered:
+            for event in () if only_new else remembered:
                 await link.notify(event)
             async for event in receiver:
                 await link.notify(event)
         finally:
             self._events.unsubscribe(on_event)
 
-    async def _relay(self, target: Exec, incoming: Incoming) -> None:
-        """A process in the guest: the guest's stream and the client's, end to end."""
+    async def _relay(self, target: Target, incoming: Incoming) -> None:
+        """A process or a connection in the guest: the guest's stream and the client's, end to end."""
         try:
             guest = await self._answers.dial(target)
         except OpenRefused as error:

@@ -12,7 +12,7 @@ import trio
 
 from host_agent import bulk_memory, disks
 from host_agent.bulk_memory import NOT_WANTED, NoBulkMemory
-from host_agent.config import InstanceConfig
+from host_agent.configuration.config import InstanceConfig
 from host_agent.console import ConsoleEvent, ConsoleWatcher, StageReached, limits_for
 from host_agent.errors import ExitCode, UserError
 from host_agent.events import EventLog
@@ -45,7 +45,11 @@ def find_qemu() -> Path:
 
 def vm_files(paths: InstancePaths) -> VmFiles:
     return VmFiles(
-        identity=paths.qemu_identity, qmp=paths.qmp_socket, console=paths.console_log, log=paths.qemu_log
+        identity=paths.qemu_identity,
+        qmp=paths.qmp_socket,
+        console=paths.console_log,
+        log=paths.qemu_log,
+        events=paths.events_socket,
     )
 
 
@@ -157,6 +161,7 @@ class Booter:
             data=paths.data_disk,
             bulk=bulk,
             qmp=paths.qmp_socket,
+            events=paths.events_socket,
             console=paths.console_log,
             serial_ports=(
                 SerialPort(CONTROL_PORT, paths.control_socket),
@@ -168,5 +173,5 @@ class Booter:
 
 def _remove_sockets(paths: InstancePaths) -> None:
     """QEMU's own of an earlier boot; nobody listens on them any more."""
-    for socket in (paths.qmp_socket, paths.control_socket, paths.files_socket):
+    for socket in (paths.qmp_socket, paths.events_socket, paths.control_socket, paths.files_socket):
         socket.unlink(missing_ok=True)

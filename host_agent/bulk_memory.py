@@ -50,7 +50,7 @@ class NoBulkMemory(Exception):
 
 
 async def check_device(qemu: Path) -> None:
-    """Raise ``NoBulkMemory`` if this QEMU was built without the device."""
+    """Raise ``NoBulkMemory`` if this QEMU was built without the device that the memory is put into the VM with."""
     done = None
     with trio.move_on_after(_DEVICE_HELP_TIME):
         done = await trio.run_process(

@@ -8,8 +8,12 @@ import os
 from dataclasses import replace
 
 from host_agent import docker_context, state
+from host_agent.configuration import config
+from host_agent.configuration.config import InstanceConfig
 from host_agent.docker_context import Activation
+from host_agent.errors import UserError
 from host_agent.paths import InstancePaths
+from host_agent.socket_forwards import remove_stale
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +27,31 @@ def clean_up(paths: InstancePaths) -> str:
     for leftover in (
         paths.agent_socket,
         paths.qmp_socket,
+        paths.events_socket,
         paths.control_socket,
         paths.files_socket,
         paths.files_journal,
         paths.files_identity,
         paths.docker_socket,
+        paths.containerd_socket,
         paths.root_overlay,
         paths.agent_drive,
         paths.bulk_memory,
         paths.qemu_identity,
         paths.agent_identity,
+        paths.running_config,
     ):
         with contextlib.suppress(OSError):
             leftover.unlink()
+    with contextlib.suppress(UserError):  # a damaged file is told of by who needs it
+        remove_stale(_forwarded_sockets(config.load(paths, config.Host.measure())))
     return warning
+
+
+def _forwarded_sockets(asked: InstanceConfig) -> list[str]:
+    """Where the user wanted sockets of the guest, or its ports, on the host."""
+    of_ports = [rule.host_socket for rule in asked.rules if rule.host_socket]
+    return of_ports + [forward.host for forward in asked.sockets if not forward.reverse]
 
 
 def _restore_context(paths: InstancePaths) -> str:

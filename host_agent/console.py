@@ -37,12 +37,22 @@ _STAGE_MARK = re.compile(r"agentctl-stage: (initrd|root|init|agent)\b")
 # panic() prints the first, whatever the reason; the second is printed when the first was cut off.
 _PANIC = re.compile(r"(Kernel panic - not syncing.*|---\[ end Kernel panic.*)")
 
+# kernel/reboot.c, the last line before it asks the machine for either.
+_FAREWELL = re.compile(r"reboot: (Restarting system|Power down)")
+
 _TIMESTAMP = re.compile(r"^\[ *\d+\.\d+\](\[ *[TC]\d+\])? ")
 _ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f]")
 
 # A line longer than this is cut into several; the kernel's own are at most 1 KiB.
 MAX_LINE = 4096
 TAIL_LINES = 20
+
+
+class Farewell(Enum):
+    """What a kernel ended its run for, by its own last words."""
+
+    REBOOT = "Restarting system"
+    POWER_OFF = "Power down"
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +201,12 @@ def find_panic(log: bytes) -> str:
     """The panic in a piece of console log, without its timestamp; empty if there is none."""
     match = _PANIC.search(log.decode(errors="replace"))
     return _text(match[1].encode()) if match else ""
+
+
+def find_farewell(log: bytes) -> Farewell | None:
+    """The last words in a piece of console log; None if the kernel did not get to say them."""
+    words = _FAREWELL.findall(log.decode(errors="replace"))
+    return Farewell(words[-1]) if words else None
 
 
 def _stage_of(line: str) -> BootStage | None:

@@ -12,52 +12,79 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pwd
-import re
 import resource
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
-from host_agent import agentlog, docker_context, docker_ready, groups, guest_units, keeper, sizes, state
-from host_agent import config as configuration
+from host_agent import (
+    agentlog,
+    clock_jumps,
+    containerd,
+    disk_upkeep,
+    docker_context,
+    docker_ready,
+    groups,
+    guest_units,
+    hints,
+    keeper,
+    owners,
+    ssh,
+    state,
+)
 from host_agent.api_server import Answers, ApiServer
 from host_agent.boot import Booter, vm_files
 from host_agent.bulk_memory import SIZE as BULK_MEMORY_SIZE
 from host_agent.bulk_plane import plane
 from host_agent.cleanup import clean_up, remember
 from host_agent.client import hello
+from host_agent.configuration import config as configuration
+from host_agent.console import Farewell
+from host_agent.disk_room import DiskState
+from host_agent.disk_upkeep import DiskUpkeep
 from host_agent.docker_context import Activation
 from host_agent.docker_socket import docker_forwarder
 from host_agent.errors import ExitCode, UserError
 from host_agent.events import EventLog
 from host_agent.file_service import FileService
-from host_agent.forwarders import ForwardRunner
+from host_agent.forwarders import Connections, ForwardRunner
+from host_agent.guest_clock import ClockKeeper
 from host_agent.guest_link import GuestLink
+from host_agent.guest_setup import GuestSetup
+from host_agent.host_network import HostNetwork
 from host_agent.paths import Home, InstancePaths
+from host_agent.port_rules import PortRules
 from host_agent.process import ProcessIdentity
+from host_agent.provisioning import Provisioning
 from host_agent.qmp import QmpClosed, QmpError
-from host_agent.vm import VirtualMachine
+from host_agent.socket_forwards import SocketForwards
+from host_agent.vm import RebootPolicy, VirtualMachine
+from host_agent.vm_watch import DISK_FULL, DISK_FULL_HINT, VmWatch
 from protocol import build
 from protocol.api import (
     Configure,
     Forwards,
     GetGuestInfo,
+    GetGuestUsage,
     GuestInfo,
+    GuestUsage,
     InstanceStatus,
     Listeners,
     MountSpec,
     MountState,
+    PortSettings,
     Shutdown,
+    SocketForward,
     Stage,
     StopInstance,
+    Usage,
 )
 from protocol.errors import AgentctlProtocolError
 from protocol.lane import Lane
@@ -76,19 +103,11 @@ SHUTDOWN_TIME = 120.0
 GUEST_RETURN_TIME = 15.0
 SHUTDOWN_REPLY_TIME = 30.0
 
-#: How often QEMU is asked whether it had to stop the guest, seconds.
-VM_CHECK_INTERVAL = 5.0
-
-#: Free bytes on the host's disk with which a guest that was stopped for want of them goes on.
-RESUME_SPACE = 1 << 30
-
-DISK_FULL = "the host's disk is full, and the VM waits"
-DISK_FULL_HINT = f"make room; it goes on by itself once {sizes.show(RESUME_SPACE)} are free"
-
 #: How long `status` waits for the guest's part of the answer, seconds.
 GUEST_INFO_TIME = 2.0
 
-_GUEST_USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+#: How soon a VM that goes on has tried again what it could not write, seconds.
+WRITE_TIME = 2.0
 
 
 class HostAgent:
@@ -100,14 +119,15 @@ class HostAgent:
         self._lock = lock
         self._store = store
         self._host = configuration.Host.measure()
-        self._config = configuration.load(paths.config, self._host)
-        self._recipe = recipes.load()
+        self._config, damage = configuration.load_running(paths, self._host)
+        self._recipe = recipes.load(runtime=self._config.runtime)
         self._image = images.find(home.images, self._recipe.digest)
         self._events = EventLog()
+        if damage:
+            self._events.say("config", damage)
         self._stage = Stage.STARTING
         self._detail = ""
         self._hint = ""
-        self._disk_full = False
         self._vm: VirtualMachine | None = None
         self._forced = trio.Event()
         self._work = trio.CancelScope()
@@ -125,12 +145,38 @@ class HostAgent:
             bulk=plane(CONTROL, paths),
             lane=self._lane,
         )
+        carried = Connections()
         self._forwards = ForwardRunner(
-            self._guest.dial, self._events.publish, dial_now=self._guest.dial_now, lane=self._lane
+            self._guest.dial,
+            self._events.publish,
+            dial_now=self._guest.dial_now,
+            lane=self._lane,
+            carried=carried,
         )
+        self._ports = PortRules(self._config.ports, self._forwards.change_rules, self._remember_ports)
         self._files = FileService(
             home, paths, self._config.mounts, self._events.say, self._remember_mounts, store=store
         )
+        self._network = HostNetwork(
+            self._config.network, docker_context.context_name(paths.name), self._events.say
+        )
+        self._clock = ClockKeeper(lambda: self._guest.current, self._events.say)
+        self._vm_watch = VmWatch(
+            paths.data_disk, lambda: self._config.disk, self._events.say, resumed=self._clock.look
+        )
+        self._disk = DiskUpkeep(
+            paths,
+            lambda: self._guest.current,
+            lambda: self._vm,
+            lambda: self._config.disk,
+            lambda size: self._remember(disk=size),
+        )
+        self._setup = GuestSetup(self._config.guest, paths.ssh_agent, self._network, self._events.say)
+        self._provision_problems: list[str] = []
+        self._sockets = SocketForwards(
+            self._config.sockets, self._guest.dial, self._remember_sockets, carried, self._setup.sockets
+        )
+        self._sockets.register(service)
         answers = Answers(
             status=self.status,
             forwards=lambda: Forwards(self._forwards.rows()),
@@ -138,6 +184,16 @@ class HostAgent:
             dial=self._guest.dial,
             mounts=self._files.report,
             add_mounts=self._files.add,
+            port_settings=lambda: self._ports.settings,
+            change_ports=self._ports.change,
+            sockets=self._sockets.report,
+            change_sockets=self._sockets.change,
+            owners=lambda: owners.ask(self._guest.current),
+            disk=self._disk.report,
+            change_disk=self._disk.grow,
+            compact_disk=self._disk.compact,
+            usage=self.usage,
+            reload=self.reload,
         )
         self._api = ApiServer(paths.agent_socket, answers, self._events)
 
@@ -160,9 +216,15 @@ class HostAgent:
     async def _live(self) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._forwards.run)
+            await nursery.start(self._sockets.run)
+            await nursery.start(self._network.run)
+            await nursery.start(self._setup.run)
             nursery.start_soon(self._guest.run)
             # Until the very end: what stops in the guest may still be writing.
             nursery.start_soon(self._files.run)
+            nursery.start_soon(self._clock.run)
+            nursery.start_soon(clock_jumps.watch, self._clock.look)
+            nursery.start_soon(self._disk.run)
             # Not `finally`: if this agent has a bug, the VM stays, and the next agent takes it over.
             try:
                 with self._work, groups.collapsed():
@@ -181,20 +243,42 @@ class HostAgent:
             self._enter(Stage.STOPPING, "stopping")
             return
         if self._vm is None:
-            self._vm = await self._boot()
+            vm = await self._boot()
         else:
-            self._events.say("adopted", "found the VM running", pid=str(self._vm.identity.pid))
+            vm = self._vm
+            self._events.say("adopted", "found the VM running", pid=str(vm.identity.pid))
+        reboots = RebootPolicy()
+        while True:
+            booted_at = trio.current_time()
+            ending = await self._serve_until_it_ends(vm)
+            match vm.farewell():
+                case Farewell.POWER_OFF:
+                    self._events.say("powered-off", "the guest powered itself off")
+                    return
+                case Farewell.REBOOT:
+                    reboots.rebooted(trio.current_time() - booted_at)
+                    vm = await self._reboot()
+                case None:
+                    message = f"the VM ended unexpectedly: {ending}"
+                    raise UserError(message, "start it again: agentctl up", ExitCode.BOOT)
+
+    async def _serve_until_it_ends(self, vm: VirtualMachine) -> str:
+        """One run of the guest's kernel; how QEMU ended, in a clause."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve_docker)
-            nursery.start_soon(self._watch_vm, self._vm)
+            nursery.start_soon(self._vm_watch.run, vm)
             for log in (self._paths.console_log, self._paths.qemu_log):
                 nursery.start_soon(agentlog.keep_bounded, log)
-            ending = await self._vm.wait()
+            ending = await vm.wait()
             nursery.cancel_scope.cancel()
-        if self._vm.ended_cleanly():
-            self._events.say("powered-off", "the guest powered itself off")
-            return
-        raise UserError(f"the VM ended unexpectedly: {ending}", "start it again: agentctl up", ExitCode.BOOT)
+        return ending
+
+    async def _reboot(self) -> VirtualMachine:
+        """What the guest asked for: a start like any other, on a fresh root, with what was kept."""
+        self._events.begin()
+        self._events.say("rebooting", "the guest reboots")
+        self._connected = trio.Event()
+        return await self._boot()
 
     async def _boot(self) -> VirtualMachine:
         if self._image is None:
@@ -202,6 +286,7 @@ class HostAgent:
         configuration.check(self._config, self._host)
         self._enter(Stage.BOOTING, "booting the VM")
         booter = Booter(self._home, self._paths, self._config, self._image, self._events)
+        restarts_before = state.load(self._paths.state).boot_restarts
 
         def started(vm: VirtualMachine) -> None:
             self._vm = vm
@@ -210,51 +295,53 @@ class HostAgent:
                 self._paths,
                 accelerator=booter.verdict.accelerator.value,
                 accelerator_reason=booter.verdict.reason,
-                boot_restarts=booter.policy.restarts,
+                boot_restarts=restarts_before + booter.policy.restarts,
                 bulk_memory=booter.bulk_memory,
                 bulk_reason=booter.bulk_reason,
             )
 
         return await booter.boot(self._connected, started)
 
-    async def _watch_vm(self, vm: VirtualMachine) -> None:
-        """QEMU stops a guest whose disk cannot grow. Say so, and let it go on when there is room again."""
-        while True:
-            await trio.sleep(VM_CHECK_INTERVAL)
-            try:
-                stopped = await vm.run_state() == "io-error"
-                free = shutil.disk_usage(self._paths.directory).free
-                if stopped and free >= RESUME_SPACE:
-                    await vm.resume()
-                    stopped = False
-            except (QmpClosed, QmpError) as error:
-                logger.info("QEMU did not say how it is: %s", error)
-                continue
-            self._note_full_disk(stopped)
-
-    def _note_full_disk(self, stopped: bool) -> None:
-        if stopped and not self._disk_full:
-            self._events.say("disk-full", DISK_FULL, hint=DISK_FULL_HINT)
-        elif self._disk_full and not stopped:
-            self._events.say("disk-has-room", "there is room on the disk again; the VM goes on")
-        self._disk_full = stopped
-
     async def _serve_docker(self) -> None:
-        """The docker socket, and the context once dockerd answers on it."""
+        """The docker socket, and the context once dockerd answers on it; or containerd's where that is wanted."""
+        paths, dial = self._paths, self._guest.dial
         async with trio.open_nursery() as nursery:
-            forwarder = docker_forwarder(self._paths.docker_socket, self._guest.dial, self._files.mounted)
+            if self._containerd:
+                forwarder = containerd.containerd_forwarder(paths.containerd_socket, dial)
+            else:
+                forwarder = docker_forwarder(paths.docker_socket, dial, self._files.mounted)
             await nursery.start(forwarder.run)
-            self._enter(Stage.DOCKER, "waiting for Docker")
+            self._enter(Stage.DOCKER, "waiting for containerd" if self._containerd else "waiting for Docker")
             if failure := await self._docker_failure():
                 self._enter(Stage.DOCKER, *failure)
                 self._events.say("docker-failed", self._detail, hint=self._hint)
                 return
-            await self._activate_context()
+            if not self._containerd:
+                await self._activate_context()
+            await self._provision()
             self._enter(Stage.RUNNING, "ready")
+
+    @property
+    def _containerd(self) -> bool:
+        """There is no Docker, nor who speaks its language."""
+        return self._config.runtime == recipes.CONTAINERD
+
+    async def _provision(self) -> None:
+        """Foreign programs, and the user's scripts. What fails is said; the instance is up all the same."""
+        guest = self._config.guest
+        if guest.architectures or guest.provision:
+            self._enter(Stage.PROVISIONING, "setting up what is to run in the VM")
+        await self._setup.use_architectures(self._guest.wait)
+        if guest.provision:
+            say, log = self._events.say, self._paths.provision_log
+            self._provision_problems = await Provisioning(guest.provision, self._guest.dial, say, log).run()
 
     async def _docker_failure(self) -> tuple[str, str] | None:
         """None once dockerd answers; or, as a sentence and a hint, why it will not."""
-        failure: tuple[str, str] | None = guest_units.NEEDED["docker.service"]
+        unit, ready = "docker.service", docker_ready.wait_until_ready
+        if self._containerd:
+            unit, ready = "containerd.service", containerd.wait_until_ready
+        failure: tuple[str, str] | None = guest_units.NEEDED[unit]
         async with trio.open_nursery() as nursery:
 
             async def give_up() -> None:
@@ -263,7 +350,7 @@ class HostAgent:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(give_up)
-            if await docker_ready.wait_until_ready(self._guest.dial):
+            if await ready(self._guest.dial):
                 failure = None
             nursery.cancel_scope.cancel()
         return failure
@@ -290,25 +377,30 @@ class HostAgent:
     # --- the guest's side -------------------------------------------------------------------------
 
     async def _guest_up(self, link: Link) -> None:
-        user = pwd.getpwuid(os.geteuid())
-        name = user.pw_name if _GUEST_USER.fullmatch(user.pw_name) else "agentctl"
+        keys = await trio.to_thread.run_sync(ssh.authorized_keys, self._paths)
         configured = await link.request(
             Configure(
                 hostname=docker_context.context_name(self._paths.name),
                 clock_ns=time.time_ns(),
-                user=name,
-                uid=user.pw_uid,
+                user=ssh.guest_user(),
+                uid=os.geteuid(),
+                authorized_keys=keys,
             )
         )
+        self._setup.link_up(link)
+        self._network.link_up(link)
+        self._sockets.link_up(link)
         self._events.say(
             "guest-connected",
             "the guest agent is connected",
             clock_step_ms=str(configured.clock_step_ns // 1_000_000),
         )
         self._connected.set()
+        self._clock.look()  # last, so that it finds this session
 
     def _guest_down(self) -> None:
         self._forwards.link_lost()
+        self._sockets.link_lost()
         self._events.say("guest-lost", "the guest agent is gone; waiting for it")
 
     async def _on_listeners(self, notice: Listeners) -> None:
@@ -346,10 +438,25 @@ class HostAgent:
         await vm.quit()
 
     async def _shut_down_in_time(self, vm: VirtualMachine) -> None:
+        if not await self._made_to_run(vm):
+            self._events.say(
+                "forced", "the host's disk is full, so that the guest cannot shut down; ending it"
+            )
+            await vm.quit()
+            return
         patience = await self._ask_guest_to_shut_down(vm)
         await trio.sleep(patience)
         self._events.say("forced", f"the guest did not shut down within {patience:.0f} s; ending it")
         await vm.quit()
+
+    async def _made_to_run(self, vm: VirtualMachine) -> bool:
+        """Let a VM that stands still go on, since it cannot shut down else; False if it has no room for that."""
+        with suppress(QmpClosed, QmpError):
+            if await vm.run_state() in ("paused", "io-error"):
+                await vm.resume()
+                await trio.sleep(WRITE_TIME)
+                return await vm.run_state() != "io-error"
+        return True
 
     async def _ask_guest_to_shut_down(self, vm: VirtualMachine) -> float:
         """How long the guest may take now, seconds; 0 if there is no way to ask it."""
@@ -404,11 +511,13 @@ class HostAgent:
         link = self._guest.current
         rows = self._files.current().mounts
         bulk_memory, bulk_reason = self._bulk(current)
+        disk_full = self._vm_watch.state is DiskState.FULL
+        disk = disk_upkeep.at_rest(self._paths, self._config.disk)
         return InstanceStatus(
             name=self._paths.name,
             stage=self._stage,
-            detail=DISK_FULL if self._disk_full else self._detail,
-            hint=DISK_FULL_HINT if self._disk_full else self._hint,
+            detail=DISK_FULL if disk_full else self._detail,
+            hint=DISK_FULL_HINT if disk_full else self._hint,
             accelerator=current.accelerator,
             cpus=self._config.cpus,
             memory=self._config.memory,
@@ -421,8 +530,8 @@ class HostAgent:
             guest_connected=link is not None,
             guest_digest=link.peer.digest if link else "",
             host_digest=build.digest(),
-            docker_socket=str(self._paths.docker_socket),
-            docker_context=docker_context.context_name(self._paths.name),
+            docker_socket="" if self._containerd else str(self._paths.docker_socket),
+            docker_context="" if self._containerd else docker_context.context_name(self._paths.name),
             guest=await _guest_info(link) if link else None,
             agent_sessions=self._guest.sessions,
             agent_restarts=current.agent_restarts,
@@ -433,7 +542,32 @@ class HostAgent:
             file_server_restarts=self._files.restarts,
             bulk_memory=bulk_memory,
             bulk_reason=bulk_reason,
+            disk_state=self._vm_watch.state.value,
+            disk_allocated=disk.allocated,
+            host_free=disk.free,
+            warnings=[*self._setup.problems, *self._provision_problems],
+            runtime=self._config.runtime,
+            containerd_socket=str(self._paths.containerd_socket) if self._containerd else "",
         )
+
+    async def usage(self) -> Usage:
+        """What it uses now; the guest's part is left out if it does not answer soon, or is of an older version."""
+        traffic, link = self._guest.traffic, self._guest.current
+        guest: GuestUsage | None = None
+        if link is not None:
+            with suppress(AgentctlProtocolError):
+                guest = await link.request(GetGuestUsage(), timeout=GUEST_INFO_TIME)
+        return Usage(traffic.received, traffic.sent, guest)
+
+    async def reload(self) -> list[str]:
+        """Have now what the file wants to run in the guest; what that did, in sentences.
+
+        Raises ``UserError`` for a file that is not understood, and ``OSError`` if it cannot be kept.
+        """
+        guest = configuration.load(self._paths, self._host).guest
+        self._config = self._config.with_guest(guest)
+        configuration.save_kept(self._paths.running_config, self._config)
+        return await self._setup.change(guest, self._guest.current, self._sockets.use_own)
 
     def _bulk(self, current: state.InstanceState) -> tuple[int, str]:
         """Bytes of memory that payloads go through, and in a clause why there are none."""
@@ -445,8 +579,22 @@ class HostAgent:
         return current.bulk_memory, current.bulk_reason
 
     def _remember_mounts(self, specs: tuple[MountSpec, ...]) -> None:
-        self._config = replace(self._config, mounts=specs)
-        configuration.save(self._paths.config, self._config)
+        self._remember(mounts=specs)
+
+    def _remember_sockets(self, sockets: tuple[SocketForward, ...]) -> None:
+        self._remember(sockets=sockets)
+
+    def _remember_ports(self, settings: PortSettings) -> None:
+        self._remember(
+            rules=tuple(settings.rules),
+            lan=settings.lan,
+            privileged_offset=settings.privileged_offset,
+        )
+
+    def _remember(self, **changes: Any) -> None:
+        self._config = configuration.save_changes(self._paths, self._config, **changes)
+        with suppress(OSError):  # a full disk; what people have is in their file
+            configuration.save_kept(self._paths.running_config, self._config)
 
     # --- watching ---------------------------------------------------------------------------------
 
@@ -498,6 +646,7 @@ def main() -> int:
     raise_descriptor_limit()
     os.umask(0o077)
     paths = InstancePaths(arguments.directory)
+    hints.choose(paths.name)
     agentlog.log_to(paths.agent_log)
     if identity := ProcessIdentity.of(os.getpid()):
         identity.write(paths.agent_identity)

@@ -4,8 +4,9 @@ Messages in a unix socket's queue, their descriptors included (SCM_RIGHTS, unix(
 its two ends open. The keeper has them open and does nothing else with them; each host agent inherits them.
 
 The law: whatever may be killed in between, the queue read from its head on is the story of what is held, told by names
-kept and names given up. A story of which the first messages are missing is right if everything that is held is told
-again behind it; so that is added first, and then the old messages are dropped, which closes what was given up.
+kept and names given up. A message at the head may go if what it alone says is kept is told again behind it, or is held
+no more. So that is told first, and then the old messages are dropped, which closes what was given up. Where there is
+no room for all of that at a time, it goes by parts, down to one name; no message goes before its last one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
@@ -21,7 +23,7 @@ from host_agent.fileserver.keepsakes import MAX_AT_ONCE, Kept, Message, Name, pr
 
 logger = logging.getLogger(__name__)
 
-#: Messages in the queue, which takes 274 by default, before it is told anew.
+#: Messages in the queue, which takes 274 by default, before it is told anew: there must be room for that beside them.
 MOST_MESSAGES = 128
 
 #: Descriptors in the queue, twice as many while it is told anew. No program may send any while its user has more of
@@ -35,14 +37,14 @@ _SO_PEEK_OFF: Final = 42
 
 
 class DescriptorLog:
-    """Of one store, which alone reads and writes it."""
+    """Of one store, which alone reads and writes it. ``held`` is always what is to be told: all that the store has."""
 
     def __init__(self, head: socket.socket, tail: socket.socket) -> None:
         """Both ends are taken over."""
         self._head, self._tail = head, tail
-        self._messages = 0  # in the queue
-        self._told: set[Name] = set()  # kept in one of them
-        self._is_stale = False  # they say more than is so
+        self._story: deque[set[Name]] = deque()  # of each message the names that no later one speaks of
+        self._told: dict[Name, set[Name]] = {}  # which of these a name is in
+        self._is_stale = False  # there are descriptors in the queue that are held no more
         self._complained = False
         prepare(head)
         prepare(tail)
@@ -51,8 +53,7 @@ class DescriptorLog:
         """The story so far, left where it is; whoever takes the descriptors owns them."""
         self._head.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, 0)
         while (message := self._look_at_next()) is not None:
-            self._messages += 1
-            self._told.update(name for name, _ in message.kept)
+            self._note(message.gone, [name for name, _ in message.kept])
             self._is_stale = True
             yield message
         self._head.setsockopt(socket.SOL_SOCKET, _SO_PEEK_OFF, -1)
@@ -68,36 +69,66 @@ class DescriptorLog:
             logger.warning("an agentctl of another version kept what this one cannot read: %s", error)
             return Message([], [], [])
 
-    def append(self, gone: Sequence[Name], kept: Sequence[Kept]) -> None:
-        """Go on with the story; ``tidy`` is to follow. What does not fit is told when there is room again."""
+    def append(self, gone: Sequence[Name], kept: Sequence[Kept], held: Mapping[Name, int]) -> None:
+        """Go on with the story; ``tidy`` is to follow. On return it does not say that ``gone`` are held."""
+        if len(self._story) >= MOST_MESSAGES and self._tell_anew(held):
+            return
         named = [name for name in (*gone, *(name for name, _ in kept)) if name in self._told]
-        fitting = kept[: MOST_DESCRIPTORS - len(self._told)]
+        fitting = kept[: self._room]
         if len(fitting) < len(kept):
             self._complain()
-        if named or fitting:
-            self._is_stale = not self._send(named, fitting) or bool(named) or self._is_stale
-
-    def tidy(self, held: Iterable[Kept]) -> None:
-        """Tell anew what is held, if that has become less or the story long."""
-        if not self._is_stale and self._messages <= MOST_MESSAGES:
+        if not named and not fitting:
             return
-        old = self._messages
-        if not self._tell(held):
-            # There is no room beside the old messages, or not for all in any case.
-            self._drop(self._messages)
-            old = 0
-            if not self._tell(held):
-                self._complain()
-        self._drop(old)
-        self._is_stale = False
+        self._is_stale = self._is_stale or bool(named)
+        if not self._send(named, fitting) and not self._tell_anew(held):
+            self._give_up(named)
 
-    def _tell(self, held: Iterable[Kept]) -> bool:
-        self._told.clear()
-        items = islice(held, MOST_DESCRIPTORS)
-        while some := list(islice(items, MAX_AT_ONCE)):
-            if not self._send((), some):
+    def tidy(self, held: Mapping[Name, int]) -> None:
+        """Tell anew what is held, if that has become less or the story long."""
+        if self._is_stale or len(self._story) > MOST_MESSAGES:
+            self._tell_anew(held)
+
+    def _tell_anew(self, held: Mapping[Name, int]) -> bool:
+        """Replace all messages. False: there was no room, and some are still there."""
+        old = len(self._story)
+        while old := self._drop_what_says_nothing(old, held):
+            if not self._send_some(self._names(old, held), held):
+                self._complain()
                 return False
+        self._is_stale = False
+        rest = [name for name in held if name not in self._told][: self._room]
+        while rest and (sent := self._send_some(rest, held)):
+            del rest[:sent]
+        if rest:
+            self._complain()
         return True
+
+    def _drop_what_says_nothing(self, old: int, held: Mapping[Name, int]) -> int:
+        """Of the ``old`` first messages those up to one that alone says what is held; returns how many are left."""
+        while old and not any(name in held for name in self._story[0]):
+            self._drop_first()
+            old -= 1
+        return old
+
+    def _names(self, messages: int, held: Mapping[Name, int]) -> list[Name]:
+        """What is held of the first ``messages``, as much of it as goes at once."""
+        names = (name for told in islice(self._story, messages) for name in told if name in held)
+        return list(islice(names, MAX_AT_ONCE))
+
+    def _send_some(self, names: Sequence[Name], held: Mapping[Name, int]) -> int:
+        """Tell of as many of ``names``, from the first on, as there is room for; how many."""
+        count = min(len(names), MAX_AT_ONCE)
+        while count and not self._send((), [(name, held[name]) for name in names[:count]]):
+            count //= 2
+        return count
+
+    def _give_up(self, names: Sequence[Name]) -> None:
+        """Say that ``names`` are kept no more, whatever has to go for that.
+
+        What goes is lost only if we are killed, too; what was given up must not come back in any case.
+        """
+        while (told := [name for name in names if name in self._told]) and not self._send(told, ()):
+            self._drop_first()
 
     def _send(self, gone: Sequence[Name], kept: Sequence[Kept]) -> bool:
         try:
@@ -105,19 +136,32 @@ class DescriptorLog:
         except OSError:
             # EAGAIN: the queue is full. ETOOMANYREFS: this user has too many descriptors in queues.
             return False
-        self._messages += 1
-        self._told.update(name for name, _ in kept)
+        self._note(gone, [name for name, _ in kept])
         return True
+
+    def _note(self, gone: Sequence[Name], kept: Sequence[Name]) -> None:
+        """A message more."""
+        for name in (*gone, *kept):
+            if (before := self._told.pop(name, None)) is not None:
+                before.discard(name)
+        told = set(kept)
+        self._told.update(dict.fromkeys(kept, told))
+        self._story.append(told)
+
+    def _drop_first(self) -> None:
+        self._head.recv(1)  # the rest of it, and its descriptors, the kernel throws away
+        for name in self._story.popleft():
+            del self._told[name]
+
+    @property
+    def _room(self) -> int:
+        """Descriptors that may be added."""
+        return max(0, MOST_DESCRIPTORS - len(self._told))
 
     def _complain(self) -> None:
         if not self._complained:
             self._complained = True
             logger.warning("not all descriptors that are held would outlive the host agent")
-
-    def _drop(self, count: int) -> None:
-        for _ in range(count):
-            self._head.recv(1)  # the rest of it, and its descriptors, the kernel throws away
-        self._messages -= count
 
     def close(self) -> None:
         """The story stays."""

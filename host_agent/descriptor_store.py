@@ -12,6 +12,7 @@ one of the two at every moment, and the next host agent finds it there.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -45,7 +46,7 @@ class DescriptorStore:
         """``inherited`` are the keeper's four sockets, of which copies are made; without them it all ends with us."""
         self._limit = make_room() if limit is None else limit
         self._held: dict[Name, int] = {}
-        self.refused = 0
+        self.refused = self.unreadable = 0
         sockets = [socket.socket(fileno=os.dup(descriptor)) for descriptor in inherited]
         self._channel = sockets[:2]
         self._log = DescriptorLog(*sockets[2:]) if sockets else None
@@ -92,7 +93,7 @@ class DescriptorStore:
                 logger.warning("%d descriptors could not be handed over: %s", len(names), error)
                 self._discard(names)
                 if self._log is not None:
-                    self._log.append(names, ())
+                    self._log.append(names, (), self._held)
         self._tidy()
 
     async def follow(self, ours: socket.socket) -> None:
@@ -101,26 +102,42 @@ class DescriptorStore:
             await trio.lowlevel.wait_readable(ours)
 
     def take_in(self, ours: socket.socket) -> bool:
-        """Take in what it has said. False: it will say no more."""
+        """Take in what it has said. False: it will say no more.
+
+        What does not make sense is passed over: each message is for itself. Of what it may have said is gone a copy is
+        kept until the next server, which does not claim it; what it may have kept is like what had no room.
+        """
         try:
-            while (message := receive(ours, socket.MSG_PEEK)) is not None:
+            while (message := self._look_at_next(ours)) is not None:
                 self._apply(message)
                 if self._log is not None:
-                    self._log.append(message.gone, [kept for kept in message.kept if self._is_held(kept)])
+                    held = [kept for kept in message.kept if self._is_held(kept)]
+                    self._log.append(message.gone, held, self._held)
                 ours.recv(1)
         except BlockingIOError:
             return True
         except OSError as error:
+            # Of the channel, and not of a message: that is there for the next look.
             logger.warning("the file server's descriptors: %s", error)
-            with suppress(OSError):
-                ours.recv(1)
         finally:
             self._tidy()
         return False
 
+    def _look_at_next(self, ours: socket.socket) -> Message | None:
+        while True:
+            try:
+                return receive(ours, socket.MSG_PEEK)
+            except OSError as error:
+                if error.errno != errno.EBADMSG:
+                    raise
+                if not self.unreadable:
+                    logger.warning("not a message about descriptors; others are only counted: %s", error)
+                self.unreadable += 1
+                ours.recv(1)
+
     def _tidy(self) -> None:
         if self._log is not None:
-            self._log.tidy(self._held.items())
+            self._log.tidy(self._held)
 
     def _apply(self, message: Message) -> None:
         self._discard(message.gone)

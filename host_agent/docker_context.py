@@ -135,6 +135,21 @@ def delete(directory: Path, name: str) -> str:
     return warning
 
 
+def of_sockets_below(directory: Path, folder: Path) -> dict[str, Path]:
+    """The contexts whose socket is somewhere in ``folder``, by name, and the sockets."""
+    found = {}
+    for metadata in sorted((directory / "contexts" / "meta").glob("*/meta.json")):
+        try:
+            context = json.loads(metadata.read_bytes())
+            name, host = context["Name"], context["Endpoints"]["docker"]["Host"]
+            socket = Path(host.removeprefix("unix://"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        if isinstance(name, str) and host.startswith("unix://") and socket.is_relative_to(folder):
+            found[name] = socket
+    return found
+
+
 def extra_plugin_dirs(directory: Path) -> tuple[Path, ...]:
     """Where config.json (``cliPluginsExtraDirs``) tells the CLI to look for plugins first."""
     try:
@@ -142,6 +157,15 @@ def extra_plugin_dirs(directory: Path) -> tuple[Path, ...]:
     except _UnusableConfig:
         return ()
     return tuple(Path(folder) for folder in folders if folder) if isinstance(folders, list) else ()
+
+
+def unusable(directory: Path) -> str:
+    """Why docker's config.json cannot be used to activate a context, in a sentence; empty if it can."""
+    try:
+        _current(_read(directory))
+    except _UnusableConfig as error:
+        return str(error)
+    return ""
 
 
 def override_warning(environ: Mapping[str, str], name: str, docker_socket: Path) -> str:

@@ -163,6 +163,28 @@ async def ensure(
     return await detect(tools_dir, environ)
 
 
+def superfluous(tools_dir: Path, environ: Mapping[str, str] = os.environ) -> list[tuple[Tool, Path]]:
+    """The tools of ours that the host has itself by now, and where ours are."""
+    docker = trio.run(_host_docker, environ)
+    found = [(DOCKER, tools_dir / DOCKER.place)] if docker is not None else []
+    for tool in PLUGINS:
+        # Also in the user's own folder, where a link of ours may be, or a plugin of his.
+        own, name = tools_dir / tool.place, Path(tool.place).name
+        if any(
+            _is_program(each / name) and not _points_to(each / name, own) for each in plugin_dirs(environ)
+        ):
+            found.append((tool, own))
+    return [(tool, path) for tool, path in found if path.is_file()]
+
+
+def remove(tools_dir: Path, tool: Tool, environ: Mapping[str, str] = os.environ) -> None:
+    """Remove one tool of ours, and the link to it."""
+    link = config_dir(environ) / "cli-plugins" / Path(tool.place).name
+    if tool is not DOCKER and _points_to(link, tools_dir / tool.place):
+        link.unlink()
+    (tools_dir / tool.place).unlink(missing_ok=True)
+
+
 def uninstall(tools_dir: Path, environ: Mapping[str, str] = os.environ) -> tuple[Path, ...]:
     """Remove every tool of ours and the links to them; returns what was removed. Others' are not touched."""
     removed: list[Path] = []
@@ -271,6 +293,15 @@ async def _install(
             progress(f"unpacking {tool.package}", 0.8 + 0.2 * index / len(tools))
             await _unpack(tool, apt.downloads, staging / tool.name, tools_dir / tool.place, environ)
     progress(f"installed {names}", 1.0)
+
+
+def can_install(environ: Mapping[str, str] = os.environ, source: Source = DEBIAN) -> bool:
+    """Whether ``ensure`` has what it needs of this machine, but for the network."""
+    try:
+        _require_apt(environ, source)
+    except UserError:
+        return False
+    return True
 
 
 def _require_apt(environ: Mapping[str, str], source: Source) -> None:

@@ -25,6 +25,10 @@ class EventLog:
         self._remembered: deque[Event] = deque(maxlen=MAX_REMEMBERED)
         self._listeners: list[Listener] = []
 
+    def begin(self) -> None:
+        """A start begins: what was of the one before is not told to those who come late."""
+        self._remembered.clear()
+
     def say(self, kind: str, message: str, **fields: str) -> None:
         """Publish an event of now."""
         self.publish(Event(self._clock(), kind, message, fields))

@@ -206,6 +206,8 @@ class FileService:
         elif self._failures == MANY_FAILURES:
             self._trouble = f"the file server does not stay up: {ending}"
             self._say("file-server", self._trouble, hint=LOGS_HINT)
+            for mount in self.current().mounts:
+                self._tell(mount)
 
     async def _live(self, store: DescriptorStore) -> str:
         """One process, to its end; how it ended, in a clause."""
@@ -286,14 +288,15 @@ class FileService:
     def _tell(self, mount: Mount) -> None:
         """Say a state that is not the one last said. To wait is not worth a word: it passes, or fails."""
         path, before = mount.spec.guest_path, self._told.get(mount.spec.guest_path)
-        if mount.state is before or mount.state is MountState.WAITING or not self._known:
+        if mount.state in (before, MountState.WAITING) or not (self._known or self._trouble):
             return
         self._told[path] = mount.state
         if mount.state is MountState.MOUNTED:
             message = f"mounted {path}" if before is None else f"the mount {path} is there again"
         else:
             message = f"the mount {path}: {mount.reason}"
-        self._say("mount", message, path=path, state=mount.state.value, hint=mount.hint)
+        state = mount.state.value
+        self._say("mount", message, path=path, state=state, reason=mount.reason, hint=mount.hint)
 
 
 def _private_folders(home: Home) -> list[Path]:

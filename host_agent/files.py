@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import tempfile
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 RecordT = TypeVar("RecordT")
 
@@ -47,28 +47,16 @@ def _inherit(path: Path, descriptor: int, mode: int) -> int:
 
 
 def parse_record(cls: type[RecordT], content: bytes) -> RecordT:
-    """The dataclass ``cls`` (of plain fields, and tuples of such dataclasses) from its JSON object.
+    """The dataclass ``cls``, of plain fields, from its JSON object.
 
-    Raises ``ValueError`` with a clause: people edit such files, and a power cut may damage them.
+    Raises ``ValueError`` with a clause: a power cut may damage such files.
     """
-    try:
-        values: Any = json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return _record(cls, values)
-
-
-def _record(cls: type[RecordT], values: Any) -> RecordT:
+    values = parse_json(content)
     if not isinstance(values, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004 (the content is wrong, not our call)
     hints = get_type_hints(cls)
     for field in fields(cls):  # type: ignore[arg-type]
-        if field.name not in values and field.default_factory is not MISSING:
-            continue
-        value = values.get(field.name, field.default)
-        if get_origin(hints[field.name]) is tuple:
-            values[field.name] = _records(field.name, get_args(hints[field.name])[0], value)
-        elif not _is_plain(value, hints[field.name]):
+        if not _is_plain(values.get(field.name, field.default), hints[field.name]):
             raise ValueError(f"{field.name} is not there or not what it should be")
     try:
         return cls(**values)
@@ -76,14 +64,12 @@ def _record(cls: type[RecordT], values: Any) -> RecordT:
         raise ValueError(str(error).partition("() ")[2] or str(error)) from None
 
 
-def _records(name: str, cls: type[RecordT], values: Any) -> tuple[RecordT, ...]:
-    """The elements of a field ``tuple[cls, ...]``."""
-    if not isinstance(values, list):
-        raise ValueError(f"{name} is not a list")  # noqa: TRY004 (as above)
+def parse_json(content: bytes) -> Any:
+    """What is in ``content``. Raises ``ValueError`` with a clause."""
     try:
-        return tuple(_record(cls, value) for value in values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _is_plain(value: object, expected: Any) -> bool:

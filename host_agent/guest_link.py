@@ -20,8 +20,9 @@ from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, LinkError
 from protocol.frames import MAX_PAYLOAD
 from protocol.lane import Lane
-from protocol.link import Link, MuxStream, OnOpened, SerialChannel, Service
+from protocol.link import Link, MuxStream, OnOpened, SendEarly, SerialChannel, Service
 from protocol.messages import Hello
+from protocol.muxstream import Traffic
 from protocol.serial import SocketPort
 from protocol.session import MAX_BACKLOG, Role
 
@@ -58,6 +59,8 @@ class GuestLink:
     ) -> None:
         """``name`` is for logs; the limits, in bytes, ``bulk`` and ``lane`` are those of ``Link``."""
         self._name = name
+        self.traffic = Traffic()
+        """What streams have carried, in all sessions."""
         self._open_link = partial(
             Link,
             max_payload=max_payload,
@@ -65,6 +68,7 @@ class GuestLink:
             pause_above=pause_above,
             bulk=bulk,
             lane=lane,
+            traffic=self.traffic,
         )
         self._socket = socket
         self._hello = hello
@@ -135,9 +139,9 @@ class GuestLink:
             raise LinkError(f"the guest agent has not been reachable for {timeout:.0f} s")
         return self._link
 
-    def dial_now(self, target: Target, on_answer: OnOpened) -> bool:
-        """``dial`` for who cannot wait: False if there is no session now, or it is busy."""
-        return self._link is not None and self._link.open_now(target, on_answer)
+    def dial_now(self, target: Target, on_answer: OnOpened) -> SendEarly | None:
+        """``dial`` for who cannot wait: None if there is no session now, or it is busy."""
+        return None if self._link is None else self._link.open_now(target, on_answer)
 
     async def dial(self, target: Target) -> MuxStream:
         """Open a stream to ``target``. Raises ``OpenRefused`` or ``LinkError``."""

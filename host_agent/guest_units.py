@@ -6,8 +6,8 @@ import logging
 
 import trio
 
+from host_agent import guest_process
 from host_agent.forwarders import Dial
-from protocol import execio
 from protocol.api import Exec
 from protocol.errors import AgentctlProtocolError
 
@@ -27,6 +27,7 @@ NEEDED = {
     ),
     "containerd.service": ("containerd did not start in the VM", "see: agentctl logs --component docker"),
     "docker.service": ("Docker did not start in the VM", "see: agentctl logs --component docker"),
+    "podman.service": ("podman did not start in the VM", "see: agentctl logs --component docker"),
 }
 
 _COMMAND = ["systemctl", "list-units", "--state=failed", "--plain", "--no-legend", "--no-pager"]
@@ -57,15 +58,10 @@ async def run_in_guest(dial: Dial, argv: list[str]) -> bytes:
     Raises what ``dial`` raises, ``trio.BrokenResourceError``, or ``DecodeError`` for nonsense.
     """
     output = bytearray()
-    async with await dial(Exec(argv=argv, user="root")) as stream:
-        await stream.send_all(execio.encode(execio.StdinEof()))
-        decoder = execio.Decoder()
-        while data := await stream.receive_some(MAX_ANSWER):
-            for packet in decoder.receive_data(bytes(data)):
-                match packet:
-                    case execio.Stdout(content):
-                        output += content[: MAX_ANSWER - len(output)]
-                    case execio.Exit():
-                        await stream.send_eof()
-                        return bytes(output)
+
+    def keep(data: bytes, is_error: bool) -> None:
+        if not is_error:
+            output.extend(data[: MAX_ANSWER - len(output)])
+
+    await guest_process.run(dial, Exec(argv=argv, user="root"), keep)
     return bytes(output)

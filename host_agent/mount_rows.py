@@ -77,6 +77,10 @@ def row(
         lost=known.lost,
         calls=known.calls,
         clock_skew_ms=known.clock_skew_ms,
+        revalidating=known.revalidating,
+        unwatched=known.unwatched,
+        bytes_read=known.bytes_read,
+        bytes_written=known.bytes_written,
     )
 
 

@@ -81,7 +81,7 @@ def check(specs: Sequence[MountSpec]) -> None:
 
 
 def _check_path(path: str) -> None:
-    if not path.startswith("/") or path != _normal(path) or ".." in path.split("/"):
+    if not path.startswith("/") or path != normal(path) or ".." in path.split("/"):
         raise _refused(f"{path!r} is not a plain absolute path", "leave out .. and doubled slashes")
     try:
         length = len(path.encode())
@@ -113,7 +113,7 @@ def is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _normal(path: str) -> str:
+def normal(path: str) -> str:
     """``path`` without doubled slashes, dots, and a slash at its end."""
     return "/" + os.path.normpath(path).lstrip("/") if path.startswith("/") else os.path.normpath(path)
 
@@ -198,7 +198,7 @@ def _visible(specs: Sequence[MountSpec], host_path: str, resolve: Resolve) -> tu
     roots = [(spec.real_path or resolve(spec.host_path), spec) for spec in specs]
     for root, spec in sorted(roots, key=lambda pair: len(pair[0]), reverse=True):
         if is_below(real, root):
-            guest_path = _normal(f"{spec.guest_path}/{real.removeprefix(root)}")
+            guest_path = normal(f"{spec.guest_path}/{real.removeprefix(root)}")
             # Another mount may be in the way there.
             if holder(specs, guest_path) is spec:
                 return spec, guest_path
@@ -210,7 +210,7 @@ def _visible(specs: Sequence[MountSpec], host_path: str, resolve: Resolve) -> tu
 
 def default() -> tuple[MountSpec, ...]:
     """The user's home, at the same path; nothing for a user whose home cannot be one in the VM (``/``)."""
-    home = _normal(os.path.expanduser("~"))
+    home = normal(os.path.expanduser("~"))
     specs = resolved([MountSpec(home, home)])
     try:
         check(specs)
@@ -245,7 +245,7 @@ def here() -> str | None:
         return None
     named = os.environ.get("PWD", "")
     with suppress(OSError):
-        if named == _normal(named) and named.startswith("/") and os.path.samefile(named, real):
+        if named == normal(named) and named.startswith("/") and os.path.samefile(named, real):
             return named
     return real
 
@@ -290,7 +290,7 @@ class _Asked:
     def placed(self, others: Sequence[MountSpec]) -> MountSpec:
         words = self.words
         wanted = words.guest_path
-        guest_path = _normal(wanted) if wanted else _place(self.host_path, self.real_path, others)
+        guest_path = normal(wanted) if wanted else _place(self.host_path, self.real_path, others)
         return MountSpec(self.host_path, guest_path, words.read_only, words.host_locks, self.real_path)
 
 
@@ -341,7 +341,7 @@ def _absolute(path: str) -> str:
         raise _refused(f"there is no user {expanded.split('/')[0][1:]!r}", "write the path of the folder")
     joined = os.path.join(here() or "/", expanded)
     # What .. means behind a symlink, only the filesystem knows.
-    return os.path.realpath(joined) if ".." in joined.split("/") else _normal(joined)
+    return os.path.realpath(joined) if ".." in joined.split("/") else normal(joined)
 
 
 def _require_folder(path: str, real: str, private: Path) -> None:

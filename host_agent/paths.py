@@ -8,6 +8,7 @@ user's alone. ``AGENTCTL_HOME`` moves the whole of it (another disk, a test); th
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,19 @@ from host_agent.errors import ExitCode, UserError
 from provision.machine import MAX_SOCKET_PATH
 
 DEFAULT_INSTANCE = "default"
+
+#: It is part of folders, of a docker context and of the guest's host name.
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+
+def check_name(name: str) -> None:
+    """Raise ``UserError`` (USAGE) if an instance cannot be called that."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is not a name for an instance",
+            "lower case letters, digits and hyphens between them, 32 at the most",
+            ExitCode.USAGE,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +54,38 @@ class InstancePaths:
 
     @property
     def config(self) -> Path:
+        """What the user asks for, and edits."""
+        return self.directory / "config.yaml"
+
+    @property
+    def config_lock(self) -> Path:
+        """Held for the moment in which the configuration is read, changed and written."""
+        return self.directory / "config.lock"
+
+    @property
+    def config_draft(self) -> Path:
+        """What is being edited of it, and what is kept of that if it was not understood; of an instance not there yet,
+        too."""
+        return self.home.root / f"config-{self.name}.draft.yaml"
+
+    @property
+    def old_config(self) -> Path:
+        """The configuration as it was before there were comments in it."""
         return self.directory / "config.json"
+
+    @property
+    def machine(self) -> Path:
+        """What belongs to the configuration and is not for people: the machine's identity, where folders really are."""
+        return self.directory / "machine.json"
+
+    @property
+    def home(self) -> Home:
+        return Home(self.directory.parent.parent)
+
+    @property
+    def running_config(self) -> Path:
+        """What an instance that runs was made of, for the agent that comes after a killed one."""
+        return self.directory / "running.json"
 
     @property
     def state(self) -> Path:
@@ -63,6 +108,11 @@ class InstancePaths:
     @property
     def qmp_socket(self) -> Path:
         return self.directory / "qmp.sock"
+
+    @property
+    def events_socket(self) -> Path:
+        """A second monitor of QEMU's, which the host agent holds: a monitor has one client at a time."""
+        return self.directory / "events.sock"
 
     @property
     def control_socket(self) -> Path:
@@ -89,6 +139,11 @@ class InstancePaths:
         return self.directory / "docker.sock"
 
     @property
+    def containerd_socket(self) -> Path:
+        """In the place of Docker's, where containerd alone runs the containers."""
+        return self.directory / "containerd.sock"
+
+    @property
     def agent_log(self) -> Path:
         return self.directory / "agent.log"
 
@@ -104,6 +159,21 @@ class InstancePaths:
     def files_log(self) -> Path:
         """What the file server says on its standard error."""
         return self.directory / "files.log"
+
+    @property
+    def ssh_key(self) -> Path:
+        """Opens the guest's sshd for its user."""
+        return self.directory / "ssh_key"
+
+    @property
+    def provision_log(self) -> Path:
+        """What the scripts of the configuration said."""
+        return self.directory / "provision.log"
+
+    @property
+    def ssh_agent(self) -> Path:
+        """A link to the socket of the user's SSH agent, wherever the newest login has it."""
+        return self.directory / "ssh-agent.sock"
 
     @property
     def root_overlay(self) -> Path:
@@ -129,13 +199,15 @@ class InstancePaths:
         return (
             self.agent_socket,
             self.qmp_socket,
+            self.events_socket,
             self.control_socket,
             self.files_socket,
             self.docker_socket,
+            self.containerd_socket,
         )
 
-    def ensure(self) -> None:
-        """Create the folder; raises ``UserError`` if it cannot be private or its name is too long."""
+    def check_length(self) -> None:
+        """Raise ``UserError`` if the folder's name is too long for the sockets in it."""
         longest = max((os.fsencode(path) for path in self.sockets()), key=len)
         if len(longest) > MAX_SOCKET_PATH:
             raise UserError(
@@ -143,6 +215,10 @@ class InstancePaths:
                 "set AGENTCTL_HOME to a folder with a shorter name",
                 ExitCode.USAGE,
             )
+
+    def ensure(self) -> None:
+        """Create the folder; raises ``UserError`` if it cannot be private or its name is too long."""
+        self.check_length()
         private_directory(self.directory)
 
 
@@ -176,8 +252,34 @@ class Home:
         """Programs unpacked for this user: a docker CLI where the host has none."""
         return self.root / "tools"
 
+    @property
+    def template(self) -> Path:
+        """What the configuration of a new instance begins as, if the user has made one."""
+        return self.root / "default.yaml"
+
+    @property
+    def template_draft(self) -> Path:
+        return self.root / "template.draft.yaml"
+
+    @property
+    def template_lock(self) -> Path:
+        return self.root / "default.lock"
+
+    @property
+    def config_schema(self) -> Path:
+        """For editors: the first line of a configuration names it."""
+        return self.root / "config.schema.json"
+
     def instance(self, name: str = DEFAULT_INSTANCE) -> InstancePaths:
         return InstancePaths(self.root / "instances" / name)
+
+    def instances(self) -> list[InstancePaths]:
+        """Those that have a folder, by name: they run, or have run, or their disk was kept."""
+        try:
+            names = sorted(entry.name for entry in (self.root / "instances").iterdir() if entry.is_dir())
+        except OSError:
+            return []
+        return [self.instance(name) for name in names if _NAME.fullmatch(name)]
 
     def ensure(self) -> None:
         for directory in (self.root, self.images, self.cache, self.tools, self.root / "instances"):

@@ -134,6 +134,14 @@ def _candidates() -> tuple[Accelerator, ...]:
     return (Accelerator.KVM,) if sys.platform == "linux" else ()
 
 
+def obstacle() -> str:
+    """Why there is no point in a boot under this platform's best hypervisor, as a sentence; empty if there is one."""
+    for accelerator in _candidates():
+        if found := _obstacle(accelerator):
+            return f"{accelerator} does not work here: {found}"
+    return "" if _candidates() else "no hypervisor is supported on this platform"
+
+
 class _Prober:
     """Proves accelerators, remembering what a boot has shown."""
 
@@ -144,8 +152,8 @@ class _Prober:
 
     async def prove(self, accelerator: Accelerator) -> ProbeResult:
         # Permissions change between two calls, and looking costs nothing: never remembered.
-        if obstacle := _obstacle(accelerator):
-            return ProbeResult(False, obstacle, 0.0)
+        if found := _obstacle(accelerator):
+            return ProbeResult(False, found, 0.0)
         if result := self._cache.get(accelerator):
             return result
         works, reason = await probe(probe_argv(self._qemu.path, accelerator, self._kernel))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 
-from host_agent import docker_context, state
+from host_agent import docker_context, host_side, state
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
 
 
-def remove(paths: InstancePaths, *, data: bool) -> None:
+def remove(paths: InstancePaths, *, data: bool) -> tuple[str, ...]:
     """Remove the files of a stopped instance, and with ``data`` its disk. Raises ``UserError`` if it runs.
 
-    A kept disk is found again by the next ``up``.
+    A kept disk is found again by the next ``up``. Returns what is left elsewhere on this machine, in sentences.
     """
     with state.locked(paths.up_lock) as ours:
         if not ours or state.is_locked(paths.lock):
@@ -23,6 +23,8 @@ def remove(paths: InstancePaths, *, data: bool) -> None:
                 ExitCode.BUSY,
             )
         docker_context.delete(docker_context.config_dir(os.environ), docker_context.context_name(paths.name))
+        left = host_side.undo(paths)
+        paths.config_draft.unlink(missing_ok=True)
         kept = {paths.up_lock} if data else {paths.up_lock, paths.data_disk}
         for path in sorted(paths.directory.iterdir(), key=lambda path: path == paths.data_disk):
             if path not in kept:
@@ -32,3 +34,4 @@ def remove(paths: InstancePaths, *, data: bool) -> None:
         # Another `up` may have come the moment the lock was let go of; then the folder is its own.
         with contextlib.suppress(OSError):
             paths.directory.rmdir()
+    return left

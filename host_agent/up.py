@@ -12,30 +12,36 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import trio
 
-from host_agent import config as configuration
-from host_agent import docker_context, docker_tools, ending, groups, keeper, mounts, state
+from host_agent import (
+    applying,
+    docker_context,
+    docker_tools,
+    ending,
+    groups,
+    host_side,
+    keeper,
+    mounts,
+    state,
+)
 from host_agent.boot import find_qemu
-from host_agent.bulk_memory import NOT_WANTED
 from host_agent.client import RESTART_TIME, ConnectionLost, connected
-from host_agent.config import Host, InstanceConfig, Wishes
+from host_agent.configuration import config as configuration
+from host_agent.configuration.config import Host, InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home, InstancePaths
 from protocol.api import (
-    AddMounts,
     Event,
-    GetMounts,
     GetStatus,
     InstanceStatus,
-    Mounts,
-    MountState,
     Stage,
     StopInstance,
     Subscribe,
 )
-from protocol.errors import AgentctlProtocolError, ErrorCode, RemoteFailure
+from protocol.errors import AgentctlProtocolError
 from protocol.link import Link, Service
 from provision import image as images
 from provision import recipe as recipes
@@ -45,6 +51,10 @@ Progress = Callable[[str], None]
 
 #: A host agent answers this long after its keeper was started, also on a machine that is very busy, seconds.
 AGENT_START_TIME = 30.0
+
+
+#: What applies what flags asked for: of an instance that ran already, they are not remembered.
+_AGAIN = "agentctl stop, then agentctl up with the same flags"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +71,54 @@ def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) ->
     """Bring the instance up. Raises ``UserError``, or ``KeyboardInterrupt`` with everything undone."""
     home.ensure()
     paths.ensure()
+    while True:
+        asked = _asked(home, paths, wishes)
+        try:
+            running = groups.run(_running, paths, progress)
+        except _Ending:
+            # It is just ending: its socket has gone and its processes have not.
+            if groups.run(ending.lock_is_free, paths):
+                continue
+            raise
+        if running is not None:
+            return _told(asked, _joined(paths, running, asked.config))
+        with state.locked(paths.up_lock) as ours:
+            if ours:
+                # Another up may have finished between our look and our lock.
+                if state.is_locked(paths.lock):
+                    continue
+                ask = partial(_asked, home, paths, wishes)
+                return _told(asked, _start(home, paths, ask, progress))
+        progress("another agentctl command is starting this instance; waiting for it")
+        while state.is_locked(paths.up_lock):
+            time.sleep(0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is wanted: the file with the flags' wishes. ``folders`` has what is to be said of folders."""
+
+    config: InstanceConfig
+    folders: mounts.WithDirectory
+
+
+def _asked(home: Home, paths: InstancePaths, wishes: Wishes) -> _Asked:
+    """Raises ``UserError`` for what cannot be."""
     host = Host.measure()
-    config = wishes.applied(configuration.load(paths.config, host))
+    config = wishes.applied(configuration.load(paths, host))
     config = configuration.with_kept_disk(config, wishes, paths.data_disk)
     configuration.check(config, host)
+    configuration.check_ports(config.ports)
+    # Where a folder really is, is looked up when it is chosen: of one that was written into the file, that is now.
+    config = replace(config, mounts=mounts.resolved(config.mounts))
     folders = _folders(home, wishes, config)
-    config = replace(config, mounts=folders.specs)
-    result = _up(home, paths, config, progress)
-    return replace(result, warnings=(*filter(None, [folders.warning]), *result.warnings), note=folders.note)
+    return _Asked(replace(config, mounts=folders.specs), folders)
+
+
+def _told(asked: _Asked, result: UpResult) -> UpResult:
+    """``result`` with what is to be said of folders, first."""
+    warnings = (*filter(None, [asked.folders.warning]), *result.warnings)
+    return replace(result, warnings=warnings, note=asked.folders.note)
 
 
 def _folders(home: Home, wishes: Wishes, config: InstanceConfig) -> mounts.WithDirectory:
@@ -84,90 +134,21 @@ def _folders(home: Home, wishes: Wishes, config: InstanceConfig) -> mounts.WithD
     )
 
 
-def _up(home: Home, paths: InstancePaths, config: InstanceConfig, progress: Progress) -> UpResult:
-    while True:
-        try:
-            running = groups.run(_running, paths, progress)
-        except _Ending:
-            # It is just ending: its socket has gone and its processes have not.
-            if groups.run(ending.lock_is_free, paths):
-                continue
-            raise
-        if running is not None:
-            return _joined(paths, running, config)
-        with state.locked(paths.up_lock) as ours:
-            if ours:
-                # Another up may have finished between our look and our lock.
-                if state.is_locked(paths.lock):
-                    continue
-                return _start(home, paths, config, progress)
-        progress("another agentctl command is starting this instance; waiting for it")
-        while state.is_locked(paths.up_lock):
-            time.sleep(0.2)
-
-
 def _joined(paths: InstancePaths, running: InstanceStatus, config: InstanceConfig) -> UpResult:
-    warnings = (*_environment_warnings(paths), *groups.run(_mount_more, paths, config))
-    asked = {"cpus": config.cpus, "memory": config.memory, "disk": config.disk}
-    current = {"cpus": running.cpus, "memory": running.memory, "disk": running.disk}
-    # Not compared by whether it has any: that is not always for the asking.
-    asked["bulk"], current["bulk"] = config.bulk, running.bulk_reason != NOT_WANTED
-    changed = [name for name in asked if asked[name] != current[name]]
-    if changed:
-        warnings = (
-            *warnings,
-            f"the instance is already running; {', '.join(changed)} stay as they are until you restart it:"
-            " agentctl stop, then agentctl up with the same flags",
-        )
+    warnings = (*_environment_warnings(paths, config), *applying.apply(paths, running, config, _AGAIN))
+    if config.disk != running.disk:
+        running = groups.run(_status, paths)
     return UpResult(running, started=False, warnings=warnings)
 
 
-async def _mount_more(paths: InstancePaths, config: InstanceConfig) -> tuple[str, ...]:
-    """Mount what is not mounted yet in an instance that runs; what only a restart changes is a warning."""
-    try:
-        async with connected(paths, patience=RESTART_TIME) as link:
-            current = await link.request(GetMounts())
-            change = mounts.compare((mount.spec for mount in current.mounts), config.mounts)
-            if change.added:
-                current = await link.request(AddMounts(list(change.added)))
-    except RemoteFailure as error:
-        if error.code is not ErrorCode.UNSUPPORTED:
-            raise UserError(error.message, error.hint) from None
-        return (
-            "the running instance is of an older agentctl: stop it, and start it again, to mount folders",
-        )
-    later = (
-        (
-            f"{', '.join(change.later)}: unchanged until you restart the instance: agentctl stop, then agentctl up"
-            " with the same flags",
-        )
-        if change.later
-        else ()
-    )
-    return (*later, *_mount_warnings(current))
+async def _status(paths: InstancePaths) -> InstanceStatus:
+    async with connected(paths, patience=RESTART_TIME) as link:
+        return await link.request(GetStatus())
 
 
-def _mount_warnings(current: Mounts) -> tuple[str, ...]:
-    """One for each folder that the VM was to see and does not, or of which it sees another one."""
-    strayed = mounts.strayed([mount.spec for mount in current.mounts])
-    return tuple(
-        f"{mount.spec.guest_path}{'' if mount.state is MountState.MOUNTED else ' is not mounted'}: {mount.reason}"
-        + (f" ({mount.hint})" if mount.hint else "")
-        for mount in current.mounts
-        if mount.state is not MountState.MOUNTED or (mount.reason and mount.spec.guest_path in strayed)
-    )
-
-
-async def _mounts_after_start(paths: InstancePaths) -> tuple[str, ...]:
-    """The warnings about the mounts of an instance that has just been started."""
-    try:
-        async with connected(paths, patience=RESTART_TIME) as link:
-            return _mount_warnings(await link.request(GetMounts()))
-    except (UserError, AgentctlProtocolError):
-        return ()  # whoever ended it in this moment knows more than we do
-
-
-def _environment_warnings(paths: InstancePaths) -> tuple[str, ...]:
+def _environment_warnings(paths: InstancePaths, config: InstanceConfig) -> tuple[str, ...]:
+    if config.runtime == recipes.CONTAINERD:
+        return ()
     name = docker_context.context_name(paths.name)
     warning = docker_context.override_warning(os.environ, name, paths.docker_socket)
     return (warning,) if warning else ()
@@ -207,16 +188,18 @@ async def _joined_start(status: InstanceStatus, link: Link, outcome: _Outcome) -
     await outcome.wait(link)
 
 
-def _start(home: Home, paths: InstancePaths, config: InstanceConfig, progress: Progress) -> UpResult:
-    configuration.check_disk(config, paths.data_disk)
+def _start(home: Home, paths: InstancePaths, ask: Callable[[], _Asked], progress: Progress) -> UpResult:
+    """Start it, with ``paths.up_lock`` held."""
+    configuration.check_disk(ask().config, paths.data_disk)
     find_qemu()
     try:
-        image = images.ensure(home.images, recipes.load(), progress)
+        image = images.ensure(home.images, recipes.load(runtime=ask().config.runtime), progress)
     except ProvisionError as error:
         raise UserError(error.message, error.hint, ExitCode.RESOURCES) from None
     progress(f"image {image.manifest.digest}, Debian {image.manifest.suite}")
-    warnings = groups.run(_docker_tools, home, progress)
-    configuration.save(paths.config, config)
+    warnings = (*_tools(home, ask().config, progress), *host_side.arrange(paths, ask().config))
+    # Of the file as it is now: `forward add` may have changed it before we had the lock, and people edit it.
+    configuration.update(paths, lambda: ask().config)
     current = state.load(paths.state)
     fresh = state.InstanceState(
         wanted=True, started_at=time.time(), previous_context=current.previous_context
@@ -250,8 +233,9 @@ def _start(home: Home, paths: InstancePaths, config: InstanceConfig, progress: P
         warnings=(
             *warnings,
             *_slowness(status),
-            *_environment_warnings(paths),
-            *groups.run(_mounts_after_start, paths),
+            *status.warnings,
+            *_environment_warnings(paths, ask().config),
+            *groups.run(applying.mounts_after_start, paths),
         ),
     )
 
@@ -261,6 +245,10 @@ def _slowness(status: InstanceStatus) -> tuple[str, ...]:
     if status.accelerator != "tcg" or status.accelerator_reason in ("", "asked for"):
         return ()
     return (f"the VM is emulated, which is slow: {status.accelerator_reason}",)
+
+
+def _tools(home: Home, config: InstanceConfig, progress: Progress) -> tuple[str, ...]:
+    return () if config.runtime == recipes.CONTAINERD else groups.run(_docker_tools, home, progress)
 
 
 async def _docker_tools(home: Home, progress: Progress) -> tuple[str, ...]:

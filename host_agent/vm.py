@@ -20,10 +20,18 @@ from typing import BinaryIO
 
 import trio
 
-from host_agent.console import ConsoleEvent, ConsoleWatcher, Panicked, StageReached, find_panic
+from host_agent.console import (
+    ConsoleEvent,
+    ConsoleWatcher,
+    Farewell,
+    Panicked,
+    StageReached,
+    find_farewell,
+    find_panic,
+)
 from host_agent.errors import ExitCode, UserError, qemu_unusable
 from host_agent.process import ProcessIdentity, describe_exit
-from host_agent.qmp import QmpClient, QmpClosed, QmpError, connect_qmp
+from host_agent.qmp import QmpClient, QmpClosed, QmpError, QmpEvent, connect_qmp
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +50,10 @@ MONITOR_RETRY = 0.05
 # One that an earlier host agent left gets longer: to kill it is to cut its power, and the host may be swapping.
 ADOPT_TIMEOUT = 30.0
 
+# A guest that reboots so soon may have been told to at its boot, and be told so again, in seconds. An emulated one
+# needs half of that to shut down.
+SHORT_LIFE = 120.0
+
 # QEMU writes its caches back before it quits, which on a slow disk takes seconds.
 QUIT_TIMEOUT = 15.0
 
@@ -50,13 +62,15 @@ QUIT_TIMEOUT = 15.0
 class VmFiles:
     """Where the host finds a QEMU: who it is, its monitor, its console and what it complains about.
 
-    ``qmp`` and ``console`` are those of its command line. Previous logs are kept one generation, as NAME.1.
+    ``qmp``, ``console`` and ``events``, a second monitor for whoever listens all the time, are those of its command
+    line. Previous logs are kept one generation, as NAME.1.
     """
 
     identity: Path
     qmp: Path
     console: Path
     log: Path
+    events: Path | None = None
 
 
 class VirtualMachine:
@@ -131,6 +145,19 @@ class VirtualMachine:
             async with connect_qmp(self.files.qmp, timeout=MONITOR_TIMEOUT) as client:
                 yield client
 
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[QmpEvent]]:
+        """What QEMU tells from now on, until it ends; ``monitor`` is free for others meanwhile. Raises QmpClosed."""
+        if self.files.events is None:
+            raise QmpClosed("there is no monitor for events")
+        async with connect_qmp(self.files.events, timeout=MONITOR_TIMEOUT) as client:
+            yield client.events
+
+    async def resize(self, node: str, size: int) -> None:
+        """Give the disk ``node`` ``size`` bytes; the guest is told. Raises QmpClosed or QmpError."""
+        async with self.monitor() as monitor:
+            await monitor.execute("block_resize", {"node-name": node, "size": size})
+
     def alive(self) -> bool:
         """Whether QEMU runs."""
         return self.identity.alive()
@@ -144,11 +171,18 @@ class VirtualMachine:
         """How QEMU, which has ended, did so. Only its parent can know its exit status."""
         return _ending(self._child.wait() if self._child else None, self.files)
 
-    def ended_cleanly(self) -> bool:
-        """Whether the guest powered itself off; False where nobody can know (QEMU was adopted)."""
-        if self._child is None or self._child.wait() != 0:
-            return False
-        return not find_panic(_tail(self.files.console))
+    def farewell(self) -> Farewell | None:
+        """What the guest itself ended QEMU for; None if it did not, or if nobody can know.
+
+        Its kernel says so on the console. QEMU tells, too (SHUTDOWN in its monitor), but only who listens in that
+        moment, and calls a panic a reboot; its exit status is the same for all of them.
+        """
+        status = self._child.wait() if self._child else None
+        console = _tail(self.files.console)
+        if status not in (None, 0) or find_panic(console):
+            return None
+        # A kernel that says nothing, and a QEMU that was told to quit.
+        return find_farewell(console) or (Farewell.POWER_OFF if status == 0 else None)
 
     async def run_state(self) -> str:
         """QEMU's run state (``running``, ``io-error``, ...; RunState of QMP). Raises QmpClosed or QmpError."""
@@ -224,6 +258,24 @@ class RestartPolicy:
     def booted(self) -> None:
         """A boot went well: the next bad one is the first again."""
         self._used = 0
+
+
+@dataclass(slots=True)
+class RebootPolicy:
+    """A guest may reboot as often as it likes, but not do nothing else.
+
+    ``short_lives`` counts those in a row that were over ``SHORT_LIFE`` after their boot.
+    """
+
+    allowed: int = 4
+    short_lives: int = 0
+
+    def rebooted(self, lived: float) -> None:
+        """It did, ``lived`` seconds after its boot. Raises UserError (BOOT) if it is not to be started again."""
+        self.short_lives = self.short_lives + 1 if lived < SHORT_LIFE else 0
+        if self.short_lives > self.allowed:
+            message = f"the guest has rebooted {self.short_lives} times in a row within {SHORT_LIFE:.0f} s of its boot"
+            raise UserError(message, "see why: agentctl logs --component console", ExitCode.BOOT)
 
 
 async def watch_boot(

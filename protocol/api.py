@@ -71,8 +71,141 @@ class Configure(Request[Configured]):
 
 
 @dataclass(frozen=True, slots=True)
+class GuestClock:
+    """The guest's wall clock, ns since the epoch."""
+
+    now_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdjustClock(Request[GuestClock]):
+    """Move the guest's wall clock by ``by_ns``, and say what it shows then; by 0: only say it.
+
+    By more than 100 ms it is set at once, by less it is made to run faster or slower for a while. The host says by
+    how much, not to what, so that it does not matter how long the message takes.
+    """
+
+    METHOD: ClassVar[str] = "adjust-clock"
+    REPLY: ClassVar[type] = GuestClock
+
+    by_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiskGrown:
+    """How large the filesystem of the data disk is now, in bytes."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrowDisk(Request[DiskGrown]):
+    """Give the filesystem of the data disk, which has become larger, all of its ``size`` bytes, while it is in use."""
+
+    METHOD: ClassVar[str] = "grow-disk"
+    REPLY: ClassVar[type] = DiskGrown
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DisksTrimmed:
+    """How many bytes of free space were named to the host; most of them it never had to keep."""
+
+    trimmed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrimDisks(Request[DisksTrimmed]):
+    """Name all free space of the guest's disks to the host, which stops to keep it (FITRIM)."""
+
+    METHOD: ClassVar[str] = "trim-disks"
+    REPLY: ClassVar[type] = DisksTrimmed
+
+
+@dataclass(frozen=True, slots=True)
+class HostNetworkUsed:
+    """What of it could not be done, in sentences; Docker starts in any case."""
+
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class UseHostNetwork(Request[HostNetworkUsed]):
+    """What programs of the guest are to find of the host's network; the whole of it, in place of what was said before.
+
+    DNS queries to ``name_server`` go to ``dns_port`` (UDP and TCP) of ``host``, numeric IPv4 addresses; with 0 they go
+    where the machine's network takes them. ``environment`` is what logins and Docker have besides their own.
+    ``certificates`` are trusted beside the distribution's, each in DER (RFC 5280). Docker starts after the first of
+    these, or after a minute without.
+    """
+
+    METHOD: ClassVar[str] = "use-host-network"
+    REPLY: ClassVar[type] = HostNetworkUsed
+
+    name_server: str
+    host: str
+    dns_port: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    certificates: list[bytes] = field(default_factory=list)
+
+
+class Effect(StrEnum):
+    """What new settings did to a dockerd that ran already."""
+
+    NONE = ""
+    RELOADED = "reloaded"
+    RESTARTED = "restarted"
+
+
+@dataclass(frozen=True, slots=True)
+class DockerSettingsUsed:
+    """``problem``: why they are not used, in a sentence; then those of before are. ``details``: dockerd's own words."""
+
+    effect: Effect = Effect.NONE
+    problem: str = ""
+    details: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UseDockerSettings(Request[DockerSettingsUsed]):
+    """What dockerd's daemon.json has beside the VM's own settings, a JSON object; the whole of it.
+
+    Sent in each session. Docker starts after the first of these, or after a minute without.
+    """
+
+    METHOD: ClassVar[str] = "use-docker-settings"
+    REPLY: ClassVar[type] = DockerSettingsUsed
+
+    settings: str = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class ArchitecturesUsed:
+    """Of which it cannot be done, and why, in sentences."""
+
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class UseArchitectures(Request[ArchitecturesUsed]):
+    """Run programs of these architectures (Debian's names) as well, and of no others but the machine's own.
+
+    What it takes is fetched from Debian the first time, and kept on the data disk.
+    """
+
+    METHOD: ClassVar[str] = "use-architectures"
+    REPLY: ClassVar[type] = ArchitecturesUsed
+
+    names: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class GuestInfo:
-    """A snapshot of the guest. Sizes in bytes, uptime in seconds; ``data_total`` is 0 without a disk."""
+    """A snapshot of the guest. Sizes in bytes, uptime in seconds; ``data_total`` is 0 without a disk.
+
+    ``port_dumps`` counts how often its agent has asked the kernel what listens.
+    """
 
     kernel: str
     uptime: float
@@ -82,12 +215,60 @@ class GuestInfo:
     data_total: int
     data_free: int
     port_detection: str
+    port_dumps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GetGuestInfo(Request[GuestInfo]):
     METHOD: ClassVar[str] = "guest-info"
     REPLY: ClassVar[type] = GuestInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerUsage:
+    """What a container that runs uses: ``cpu``, seconds of one processor since its start; ``memory``, bytes now."""
+
+    id: str
+    name: str
+    cpu: float
+    memory: int
+    processes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuestUsage:
+    """What the guest uses. What flows is counted since its boot: who wants to know how much asks twice.
+
+    ``time`` is the guest's clock that is never set, in seconds. ``cpu_busy``, ``cpu_waiting`` (for a disk) and
+    ``cpu_stolen`` (by the host) are seconds of all processors together, sizes and traffic are bytes. ``data_*`` is the
+    data disk, all 0 without one. Of the containers those with the most memory, if there are too many.
+    """
+
+    time: float
+    cpus: int
+    cpu_busy: float
+    cpu_waiting: float
+    cpu_stolen: float
+    load: list[float]
+    processes: int
+    memory_total: int
+    memory_available: int
+    memory_cache: int
+    data_total: int
+    data_free: int
+    data_read: int
+    data_written: int
+    network_received: int
+    network_sent: int
+    containers: list[ContainerUsage] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class GetGuestUsage(Request[GuestUsage]):
+    """Looked up when it is asked for, in /proc and the control groups; costs nothing where nobody asks."""
+
+    METHOD: ClassVar[str] = "guest-usage"
+    REPLY: ClassVar[type] = GuestUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +296,46 @@ class DialUnix(Target):
     KIND: ClassVar[str] = "unix"
 
     path: str
+
+
+@dataclass(frozen=True, slots=True)
+class DialUdp(Target):
+    """A UDP socket connected by the guest to a numeric address; the stream carries ``protocol.datagrams``."""
+
+    KIND: ClassVar[str] = "udp"
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class DialName(Target):
+    """A TCP connection to ``host``, a name as the guest resolves it; the first of its addresses that answers."""
+
+    KIND: ClassVar[str] = "name"
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostEntrances:
+    """Which of the sockets the guest does not listen on, and in a clause why; on the others it does."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenHostEntrances(Request[HostEntrances]):
+    """Listen on behalf of the host on the unix sockets ``paths``, and on no others; what is open already stays.
+
+    Sent in each session. Each connection becomes a ``DialHost`` stream.
+    """
+
+    METHOD: ClassVar[str] = "host-entrances"
+    REPLY: ClassVar[type] = HostEntrances
+
+    paths: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +400,44 @@ class Listeners(Notice):
     removed: list[Listener] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who listens there: the name of a process, and of a container; "" for what is not known.
+
+    Of a port that Docker publishes it is the process that listens in the container.
+    """
+
+    proto: Proto
+    address: str
+    port: int
+    process: str = ""
+    container: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Those that could be found out, of the lowest ports."""
+
+    owners: list[Owner]
+
+
+@dataclass(frozen=True, slots=True)
+class GetOwners(Request[Owners]):
+    """From the host to the guest: who listens now. Looked up when it is asked for."""
+
+    METHOD: ClassVar[str] = "owners"
+    REPLY: ClassVar[type] = Owners
+
+
+@dataclass(frozen=True, slots=True)
+class DialHost(Target):
+    """A connection to what the host has behind the guest's socket ``entrance``. Without a rule it is refused."""
+
+    KIND: ClassVar[str] = "host"
+
+    entrance: str
+
+
 # --- command line -> host agent --------------------------------------------------------------------
 
 
@@ -189,6 +448,7 @@ class Stage(StrEnum):
     STARTING = "starting"
     BOOTING = "booting"
     DOCKER = "docker"
+    PROVISIONING = "provisioning"
     RUNNING = "running"
     STOPPING = "stopping"
     FAILED = "failed"
@@ -202,6 +462,9 @@ class InstanceStatus:
     started again, ``agent_sessions`` those of the control link, ``file_server_restarts`` the file servers that
     this host agent had to start again, all of the current run. ``bulk_memory`` bytes are shared with the VM for
     payloads; ``bulk_reason`` is a clause that says why there are none, and payloads travel in frames.
+    ``disk_allocated`` is what the data disk takes of the host's, where ``host_free`` bytes are left; ``disk_state`` is
+    "low" where that is little, and "full" where the VM waits for more. ``warnings``: what of the guest is not as it was
+    asked for, in sentences.
     """
 
     name: str
@@ -232,12 +495,55 @@ class InstanceStatus:
     file_server_restarts: int = 0
     bulk_memory: int = 0
     bulk_reason: str = ""
+    disk_state: str = ""
+    disk_allocated: int = 0
+    host_free: int = 0
+    warnings: list[str] = field(default_factory=list)
+    runtime: str = "docker"
+    containerd_socket: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GetStatus(Request[InstanceStatus]):
     METHOD: ClassVar[str] = "status"
     REPLY: ClassVar[type] = InstanceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an instance uses, as its host agent knows it: for two of them ``top`` says what flows.
+
+    ``received`` and ``sent`` are bytes that connections of the host have brought from the guest and taken to it since
+    the host agent was started; ``guest`` is None while it does not answer.
+    """
+
+    received: int
+    sent: int
+    guest: GuestUsage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GetUsage(Request[Usage]):
+    METHOD: ClassVar[str] = "usage"
+    REPLY: ClassVar[type] = Usage
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsReloaded:
+    """What that did, and what it did not, in sentences."""
+
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadSettings(Request[SettingsReloaded]):
+    """Read again, from the configuration's file, what is to run in the guest, and have that now.
+
+    Answered when it is done, which may take as long as Docker takes to stop all containers and to start.
+    """
+
+    METHOD: ClassVar[str] = "reload-settings"
+    REPLY: ClassVar[type] = SettingsReloaded
 
 
 class ForwardState(StrEnum):
@@ -250,7 +556,11 @@ class ForwardState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One row of ``agentctl ports``. ``host_address`` is empty for a listener that is ignored."""
+    """One row of ``agentctl ports``. ``host_address`` is empty for a listener that is ignored.
+
+    Of a unix socket of the host it is the path, and ``host_port`` is 0. ``process`` and ``container`` are those of
+    ``Owner``, where they were asked for.
+    """
 
     proto: Proto
     guest_address: str
@@ -260,6 +570,8 @@ class Forward:
     state: ForwardState
     reason: str = ""
     unit: str = ""
+    process: str = ""
+    container: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,13 +586,155 @@ class Forwards:
 class GetForwards(Request[Forwards]):
     """The rows from ``offset`` on, in order; what fits of them.
 
-    The pieces that one client asks for belong to the table as it was when it asked for offset 0.
+    The pieces that one client asks for belong to the table as it was when it asked for offset 0. ``owners``, at
+    offset 0: with who listens, for which the guest has to be asked.
     """
 
     METHOD: ClassVar[str] = "forwards"
     REPLY: ClassVar[type] = Forwards
 
     offset: int = 0
+    owners: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortRule:
+    """A line of the user's list: which listeners of the guest appear where on the host, or do not (``ignore``).
+
+    It is about ``ports`` ports from ``guest_port`` on, which appear from ``host_port`` on, or, of one port, at the
+    unix socket ``host_socket``. Without ``proto`` it is about each. ``static``: there without a listener, too.
+    """
+
+    proto: Proto | None = None
+    guest_ip: str = "127.0.0.1"
+    guest_ip_must_be_zero: bool = False
+    guest_port: int = 1
+    ports: int = 65535
+    host_ip: str = "localhost"
+    host_port: int = 1
+    host_socket: str = ""
+    ignore: bool = False
+    static: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortSettings:
+    """What the user wants of ports: rules, the first that matches wins, and what holds where none does.
+
+    ``lan``: who listens on all addresses of the guest does so on the host. ``privileged_offset``: what is added to
+    a port below 1024, or 0.
+    """
+
+    rules: list[PortRule] = field(default_factory=list)
+    lan: bool = False
+    privileged_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GetPortSettings(Request[PortSettings]):
+    METHOD: ClassVar[str] = "port-settings"
+    REPLY: ClassVar[type] = PortSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ChangePorts(Request[PortSettings]):
+    """Change the settings, now and for each start, and answer what they are then. None leaves one as it is.
+
+    Rules that are added come first; both lists may be empty. To remove a rule that is not there is an error.
+    """
+
+    METHOD: ClassVar[str] = "change-ports"
+    REPLY: ClassVar[type] = PortSettings
+
+    add: list[PortRule] = field(default_factory=list)
+    remove: list[PortRule] = field(default_factory=list)
+    lan: bool | None = None
+    privileged_offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SocketForward:
+    """A unix socket that appears on the other side: of the guest on the host or (``reverse``) of the host in the guest.
+
+    ``guest`` and ``host`` are absolute paths; with ``reverse`` ``host`` may be ``ADDRESS:PORT`` instead.
+    """
+
+    guest: str
+    host: str
+    reverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SocketRow:
+    """How one is doing; ``reason`` is a clause, empty if all is well."""
+
+    forward: SocketForward
+    state: ForwardState
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SocketRows:
+    """All of them, in the order in which they were added."""
+
+    rows: list[SocketRow]
+
+
+@dataclass(frozen=True, slots=True)
+class GetSocketForwards(Request[SocketRows]):
+    METHOD: ClassVar[str] = "socket-forwards"
+    REPLY: ClassVar[type] = SocketRows
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSocketForwards(Request[SocketRows]):
+    """Add and remove, now and for each start. To remove one that is not there is an error."""
+
+    METHOD: ClassVar[str] = "change-socket-forwards"
+    REPLY: ClassVar[type] = SocketRows
+
+    add: list[SocketForward] = field(default_factory=list)
+    remove: list[SocketForward] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The data disk, in bytes: its size, what the VM uses of it, what it takes on the host and what is free there.
+
+    ``used`` is None where the VM cannot be asked. ``overlay`` is what the root takes that is thrown away at each
+    start; ``given_back`` what the host has after a ``CompactDisk`` that it had not before.
+    """
+
+    size: int
+    allocated: int
+    free: int
+    used: int | None = None
+    overlay: int = 0
+    given_back: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GetDisk(Request[Disk]):
+    METHOD: ClassVar[str] = "disk"
+    REPLY: ClassVar[type] = Disk
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeDisk(Request[Disk]):
+    """Make the data disk ``size`` bytes large, now and for each start; a smaller one than it has is an error."""
+
+    METHOD: ClassVar[str] = "change-disk"
+    REPLY: ClassVar[type] = Disk
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompactDisk(Request[Disk]):
+    """Give back to the host what the VM's disks do not need; answered when that is done."""
+
+    METHOD: ClassVar[str] = "compact-disk"
+    REPLY: ClassVar[type] = Disk
 
 
 class MountState(StrEnum):
@@ -315,6 +769,9 @@ class Mount:
 
     ``nodes`` the guest knows, ``descriptors`` are open for them on the host; ``lost`` counts files that could not be
     found again (ESTALE), ``calls`` what the guest has asked for. ``clock_skew_ms``: how far its clock is ahead.
+    ``revalidating``: changes on the host may have gone unseen, and what the guest has is being compared with what is
+    there. ``unwatched`` counts the files and folders that the host's kernel does not watch, so that the guest asks for
+    them each time. ``bytes_read`` and ``bytes_written`` are what calls have brought to the guest and taken from it.
     """
 
     spec: MountSpec
@@ -326,6 +783,10 @@ class Mount:
     lost: int = 0
     calls: int = 0
     clock_skew_ms: int = 0
+    revalidating: bool = False
+    unwatched: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,7 +836,9 @@ class Event(Notice):
 
 @dataclass(frozen=True, slots=True)
 class Subscribe(Request[Done]):
-    """Send every ``Event`` from now on, after those of the current start so far."""
+    """Send every ``Event`` from now on, after those of the current start so far; without these if ``only_new``."""
 
     METHOD: ClassVar[str] = "subscribe"
     REPLY: ClassVar[type] = Done
+
+    only_new: bool = False

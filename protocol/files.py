@@ -13,6 +13,9 @@ The laws:
 - A call of a kind that changes something is done once for each ``unique``, however often it is sent
   (a restarted agent on either side asks again): the same question gets the same answer.
 - Fields are only appended, with a default, as everywhere in this package.
+- A *promise* (AFS's callback) is the host's word that the guest may keep what it was given, for as long as the session
+  lasts: ``Changed`` says what is not so any more. Answers and notices are in one order on the link. A result that says
+  nothing of a promise makes none, and a new one is the host's whole word on that name or file from then on.
 
 Attributes travel as ``bytes`` in the layout of the kernel's ``struct fuse_attr`` (``ATTR``), little-endian:
 a guest in emulation passes them on without looking at them.
@@ -21,11 +24,14 @@ a guest in emulation passes them on without looking at them.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from protocol.api import Done, Notice, Request
+from protocol.codec import record
 
 ResultT = TypeVar("ResultT")
 
@@ -38,6 +44,12 @@ MAX_NAME: Final = 255
 MAX_DATA: Final = 1 << 20
 """Bytes that one ``Read`` or ``Write`` moves: FUSE's max_write, 256 pages."""
 
+MAX_CONTENT: Final = 128 << 10
+"""Bytes of a file that is read before anybody has asked for it."""
+
+MAX_MANY: Final = 512
+"""Files of one ``ReadMany`` or ``ListXattr``."""
+
 MAX_FILES_PAYLOAD: Final = MAX_DATA
 """The largest payload of a frame on the files plane; a listing comes in several pieces."""
 
@@ -47,6 +59,32 @@ rdev, blksize, flags: ``struct fuse_attr`` of include/uapi/linux/fuse.h, 88 byte
 
 DIRENT: Final = struct.Struct("<QQII")
 """ino, off, namelen, type: ``struct fuse_dirent``; the name follows, padded with NULs to 8 bytes."""
+
+ENTRY: Final = struct.Struct("<QQQQII")
+"""nodeid, generation, entry_valid, attr_valid (seconds), entry_valid_nsec, attr_valid_nsec: the head of
+``struct fuse_entry_out``, before its ``ATTR``. An ``ENTRY``, an ``ATTR`` and a ``DIRENT`` with its name are a
+``struct fuse_direntplus``."""
+
+FOREVER: Final = 1 << 40
+"""Seconds for which a kernel may keep what was promised: more than its clock can count, which it allows for."""
+
+NAME: Final = 1
+"""Of a ``promise``: the name stands for this node, or for nothing; of a ``Listing``: these are all the names."""
+
+ATTRIBUTES: Final = 2
+"""Of a ``promise``: the attributes hold, and if it is a file so does its data."""
+
+
+EMPTY: Final = 8
+"""Of a ``promise``, of a directory that was just made: there is no name in it."""
+
+_POSITIONS: Final = (1 << 62) - 1
+
+
+def position(name: bytes) -> int:
+    """The ``off`` of a name: greater than 0, and fits the 63 bits of off_t. Names of one hash get positions that follow
+    each other, the lesser name first."""
+    return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") & _POSITIONS) or 1
 
 
 class FileCall(Generic[ResultT]):
@@ -61,31 +99,53 @@ class FileCall(Generic[ResultT]):
 # --- results ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attributes:
     """``attr`` as ``ATTR``. ``stale``: the file's data is not what this guest was last given; drop it."""
 
     attr: bytes
     stale: bool = False
+    promise: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Entry:
-    """A name that exists, and one lookup of its node."""
+    """A name that exists, and one lookup of its node. ``node`` 0, of a ``Lookup``: there is no such name, and that is
+    promised; without a promise it is ENOENT. ``above``: the attributes of the directory in which it was just made, if
+    they are promised."""
 
     node: int
     attr: bytes
     stale: bool = False
+    promise: int = 0
+    above: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@record
+class Removed:
+    """``above``: the attributes of the directory in which the name was, if they are promised."""
+
+    above: bytes = b""
+
+
+@record
 class Content:
     """Bytes: a symlink's target, an xattr's value, the NUL-terminated names of xattrs."""
 
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
+class XattrNames:
+    """``data``: the names, each with a NUL behind it. ``promise``: ``ATTRIBUTES`` if they hold as attributes do.
+    ``bare``: those of the others that have none, which is promised in the same way."""
+
+    data: bytes
+    promise: int = 0
+    bare: list[int] = field(default_factory=list)
+
+
+@record
 class Written:
     """``size`` bytes were taken. ``offset`` is where they went: not where the guest thought, for an append
     to a file that somebody else has made longer. ``attr`` is of the file afterwards."""
@@ -95,25 +155,48 @@ class Written:
     attr: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
+class Contents:
+    """Whole files, one after the other in the payload. ``sizes[i]`` are the bytes of the i-th, which are promised
+    (``ATTRIBUTES``); if it is negative, that file is not given, and the next one begins ``~sizes[i]`` bytes on."""
+
+    sizes: list[int]
+
+
+@record
 class Position:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Listing:
     """A piece of a directory. The payload is ``dirents`` bytes of ``DIRENT`` records, then, if attributes
     were asked for, one ``ATTR`` per record in the same order (all zero for a name that went meanwhile).
 
     Records are in the order of their ``off``, which is a hash of the name: a position stays right while
     names come and go. ``end``: nothing follows. ``.`` and ``..`` are not in it.
+
+    The promise is of the whole directory, of which all pieces up to this one are part. ``count``: the number of
+    records (of ``ListEntries``).
     """
 
     dirents: int
     end: bool
+    promise: int = 0
+    count: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
+class Renamed:
+    """``node`` has the new name now (0: it is not known to the guest). The promise is of the new name, with
+    RENAME_EXCHANGE of both. ``files``: neither it nor what had the new name before is a directory."""
+
+    node: int = 0
+    promise: int = 0
+    files: bool = False
+
+
+@record
 class FilesystemSize:
     """statfs(2): blocks of ``frsize`` bytes, and inodes."""
 
@@ -127,14 +210,14 @@ class FilesystemSize:
     frsize: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Opened:
     """A handle for locks; valid until ``Release``."""
 
     handle: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LockState:
     """What stands in the way of a lock: ``kind`` F_UNLCK if nothing does. ``pid`` is 0 for a host process."""
 
@@ -147,7 +230,7 @@ class LockState:
 # --- names -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Lookup(FileCall[Entry]):
     """``node`` is the directory, here and in all calls that take a ``name``."""
 
@@ -160,7 +243,7 @@ class Lookup(FileCall[Entry]):
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Forget(FileCall[Done]):
     """Give ``counts[i]`` lookups of ``nodes[i]`` back. ``node`` is not used (0)."""
 
@@ -175,7 +258,7 @@ class Forget(FileCall[Done]):
     counts: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MakeNode(FileCall[Entry]):
     """mknod(2) of a regular file, FIFO or socket; devices are EPERM. ``mode`` has the type, and the umask applied."""
 
@@ -190,7 +273,7 @@ class MakeNode(FileCall[Entry]):
     mode: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MakeDirectory(FileCall[Entry]):
     OP: ClassVar[int] = 4
     RESULT: ClassVar[type] = Entry
@@ -203,7 +286,7 @@ class MakeDirectory(FileCall[Entry]):
     mode: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MakeSymlink(FileCall[Entry]):
     OP: ClassVar[int] = 5
     RESULT: ClassVar[type] = Entry
@@ -216,7 +299,7 @@ class MakeSymlink(FileCall[Entry]):
     target: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MakeLink(FileCall[Entry]):
     """A hard link to ``node``, as ``name`` in the directory ``parent``."""
 
@@ -231,7 +314,7 @@ class MakeLink(FileCall[Entry]):
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Create(FileCall[Entry]):
     """Make and open a regular file. It stays writable to this guest even if ``mode`` says otherwise (open(2)).
 
@@ -250,7 +333,7 @@ class Create(FileCall[Entry]):
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CreateUnnamed(FileCall[Entry]):
     """O_TMPFILE: a file without a name in the directory ``node``; ``MakeLink`` may give it one."""
 
@@ -265,10 +348,10 @@ class CreateUnnamed(FileCall[Entry]):
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unlink(FileCall[Done]):
+@record
+class Unlink(FileCall[Removed]):
     OP: ClassVar[int] = 9
-    RESULT: ClassVar[type] = Done
+    RESULT: ClassVar[type] = Removed
     CHANGES: ClassVar[bool] = True
 
     share: int
@@ -277,10 +360,10 @@ class Unlink(FileCall[Done]):
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveDirectory(FileCall[Done]):
+@record
+class RemoveDirectory(FileCall[Removed]):
     OP: ClassVar[int] = 10
-    RESULT: ClassVar[type] = Done
+    RESULT: ClassVar[type] = Removed
     CHANGES: ClassVar[bool] = True
 
     share: int
@@ -289,12 +372,12 @@ class RemoveDirectory(FileCall[Done]):
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Rename(FileCall[Done]):
+@record
+class Rename(FileCall[Renamed]):
     """renameat2(2); ``flags`` 0, RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2), else EINVAL."""
 
     OP: ClassVar[int] = 11
-    RESULT: ClassVar[type] = Done
+    RESULT: ClassVar[type] = Renamed
     CHANGES: ClassVar[bool] = True
 
     share: int
@@ -306,7 +389,7 @@ class Rename(FileCall[Done]):
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReadLink(FileCall[Content]):
     OP: ClassVar[int] = 12
     RESULT: ClassVar[type] = Content
@@ -316,7 +399,7 @@ class ReadLink(FileCall[Content]):
     node: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class List(FileCall[Listing]):
     """The directory ``node``, from the first name whose ``off`` is greater than ``after`` (0: the start).
 
@@ -335,6 +418,27 @@ class List(FileCall[Listing]):
     attributes: bool = False
 
 
+@record
+class ListEntries(FileCall[Listing]):
+    """As ``List``, with a node for each name. The payload is ``dirents`` bytes of ``struct fuse_direntplus`` as the
+    guest's kernel takes them, then four arrays with an item for each of the ``count`` records: where the record begins
+    (u32), its ``off`` (u64), its nodeid (u64) and its type (u8, DT_*), little-endian, without padding.
+
+    A record has a nodeid if its name and its attributes are promised, for ever, and no data that the guest may hold is
+    stale; it counts one lookup. Else all of it but the ``DIRENT`` is zeros: what the name stands for must be asked.
+    No piece but the last may be without records. ``bare``: only what may be a directory has a nodeid.
+    """
+
+    OP: ClassVar[int] = 14
+    RESULT: ClassVar[type] = Listing
+
+    share: int
+    unique: int
+    node: int
+    after: int
+    bare: bool = False
+
+
 # --- attributes ------------------------------------------------------------------------------------
 
 SET_MODE: Final = 1 << 0
@@ -349,7 +453,7 @@ KILL_PRIVILEGE: Final = 1 << 11
 """The bits of ``SetAttributes.valid``, numbered as the kernel's FATTR_*; others are ignored."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class GetAttributes(FileCall[Attributes]):
     OP: ClassVar[int] = 20
     RESULT: ClassVar[type] = Attributes
@@ -359,7 +463,7 @@ class GetAttributes(FileCall[Attributes]):
     node: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetAttributes(FileCall[Attributes]):
     """Change what ``valid`` names. Times in ns since the epoch, ``size`` in bytes. With KILL_PRIVILEGE
     setuid and setgid are dropped as well."""
@@ -380,7 +484,7 @@ class SetAttributes(FileCall[Attributes]):
     mtime_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class GetXattr(FileCall[Content]):
     """Only ``user.*`` is passed on; other names are ENODATA, and EOPNOTSUPP to set."""
 
@@ -393,7 +497,7 @@ class GetXattr(FileCall[Content]):
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetXattr(FileCall[Done]):
     """``flags``: XATTR_CREATE (1), XATTR_REPLACE (2) or 0."""
 
@@ -409,17 +513,20 @@ class SetXattr(FileCall[Done]):
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ListXattr(FileCall[Content]):
+@record
+class ListXattr(FileCall[XattrNames]):
+    """``others`` are nodes that may be asked about next, at most ``MAX_MANY``."""
+
     OP: ClassVar[int] = 24
-    RESULT: ClassVar[type] = Content
+    RESULT: ClassVar[type] = XattrNames
 
     share: int
     unique: int
     node: int
+    others: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class RemoveXattr(FileCall[Done]):
     OP: ClassVar[int] = 25
     RESULT: ClassVar[type] = Done
@@ -431,7 +538,7 @@ class RemoveXattr(FileCall[Done]):
     name: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class GetFilesystemSize(FileCall[FilesystemSize]):
     OP: ClassVar[int] = 26
     RESULT: ClassVar[type] = FilesystemSize
@@ -444,7 +551,7 @@ class GetFilesystemSize(FileCall[FilesystemSize]):
 # --- data ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Read(FileCall[Done]):
     """Up to ``size`` bytes at ``offset``, as the payload; fewer at the end of the file."""
 
@@ -458,7 +565,22 @@ class Read(FileCall[Done]):
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
+class ReadMany(FileCall[Contents]):
+    """The content of ``nodes`` as far as they are regular files that may be promised, have at most ``MAX_CONTENT``
+    bytes, and ``most`` bytes together. ``node`` is a directory in which the guest has found some of them."""
+
+    OP: ClassVar[int] = 37
+    RESULT: ClassVar[type] = Contents
+
+    share: int
+    unique: int
+    node: int
+    nodes: list[int]
+    most: int
+
+
+@record
 class Write(FileCall[Written]):
     """The payload to ``offset``; with ``append`` to the end of the file, wherever that is now."""
 
@@ -474,7 +596,7 @@ class Write(FileCall[Written]):
     kill_privilege: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Allocate(FileCall[Attributes]):
     """fallocate(2), its ``mode``."""
 
@@ -490,7 +612,7 @@ class Allocate(FileCall[Attributes]):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Seek(FileCall[Position]):
     """lseek(2) with SEEK_DATA (3) or SEEK_HOLE (4)."""
 
@@ -504,7 +626,7 @@ class Seek(FileCall[Position]):
     whence: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CopyRange(FileCall[Written]):
     """copy_file_range(2) from ``node`` to ``to_node`` of the same share; may copy less than ``length``."""
 
@@ -521,7 +643,7 @@ class CopyRange(FileCall[Written]):
     length: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sync(FileCall[Done]):
     """fsync(2) of a file or directory on the host; fdatasync(2) with ``data_only``."""
 
@@ -534,26 +656,10 @@ class Sync(FileCall[Done]):
     data_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Flushed(FileCall[Done]):
-    """A descriptor through which ``node`` was written has been closed in the guest.
-
-    The host closes its own soon: who watches the file there waits for that, and until then exec(2) is
-    refused (ETXTBSY).
-    """
-
-    OP: ClassVar[int] = 36
-    RESULT: ClassVar[type] = Done
-
-    share: int
-    unique: int
-    node: int
-
-
 # --- locks that reach the host -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class OpenForLocks(FileCall[Opened]):
     """An open file of the guest's whose locks are the host's. ``flags`` are open(2)'s access mode."""
 
@@ -567,7 +673,7 @@ class OpenForLocks(FileCall[Opened]):
     flags: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Release(FileCall[Done]):
     """The last descriptor of ``handle`` is gone, and so are its flock(2) and, of ``owner``, its fcntl(2) locks."""
 
@@ -582,7 +688,7 @@ class Release(FileCall[Done]):
     owner: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ReleaseOwner(FileCall[Done]):
     """A process (``owner``) closed a descriptor of the file: its fcntl(2) locks on it are gone."""
 
@@ -597,7 +703,7 @@ class ReleaseOwner(FileCall[Done]):
     owner: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TestLock(FileCall[LockState]):
     """fcntl(F_GETLK). ``kind`` F_RDLCK (0) or F_WRLCK (1); ``end`` is inclusive, 2^63-1 for the end of the file."""
 
@@ -614,7 +720,7 @@ class TestLock(FileCall[LockState]):
     kind: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetLock(FileCall[Done]):
     """fcntl(F_SETLK), or with ``whole`` flock(2): never waits, EAGAIN if another holds it.
 
@@ -638,9 +744,9 @@ class SetLock(FileCall[Done]):
 
 _CALLS: Final = (
     Lookup, Forget, MakeNode, MakeDirectory, MakeSymlink, MakeLink, Create, CreateUnnamed, Unlink, RemoveDirectory,
-    Rename, ReadLink, List, GetAttributes, SetAttributes, GetXattr, SetXattr, ListXattr, RemoveXattr,
-    GetFilesystemSize, Read, Write, Allocate, Seek, CopyRange, Sync, Flushed, OpenForLocks, Release, ReleaseOwner,
-    TestLock, SetLock,
+    Rename, ReadLink, List, ListEntries, GetAttributes, SetAttributes, GetXattr, SetXattr, ListXattr, RemoveXattr,
+    GetFilesystemSize, Read, ReadMany, Write, Allocate, Seek, CopyRange, Sync, OpenForLocks, Release,
+    ReleaseOwner, TestLock, SetLock,
 )  # fmt: skip
 CALLS: Final[dict[int, type[FileCall[Any]]]] = {call.OP: call for call in _CALLS}
 """Every operation by its number."""
@@ -649,7 +755,7 @@ CALLS: Final[dict[int, type[FileCall[Any]]]] = {call.OP: call for call in _CALLS
 # --- host -> guest ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NamesGone(Notice):
     """Files were deleted on the host that the guest's kernel still has names for: it is to drop ``names[i]`` of the
     directory ``parents[i]``. Whoever has such a file open keeps it; if nobody has, it is forgotten, and
@@ -662,10 +768,54 @@ class NamesGone(Notice):
     names: list[bytes]
 
 
+@record
+class Changed(Notice):
+    """What was promised does not hold any more; what was never promised may be in it too.
+
+    ``names[i]`` of the directory ``parents[i]`` is something else now, or nothing, or new. ``fresh[i]``: the guest was
+    given no node for that name, so it can have kept no more than that there was none. Of ``nodes[i]`` the
+    attributes and the data have changed; ``through[i]`` is a directory that has it (0: none is known). Of
+    ``directories[i]`` the attributes and the list of names have changed; ``above[i]`` is the directory that has it (0:
+    none is known). Of ``attributes_only`` nothing but the attributes.
+    """
+
+    TOPIC: ClassVar[str] = "changed"
+
+    share: int
+    parents: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    through: list[int] = field(default_factory=list)
+    directories: list[int] = field(default_factory=list)
+    above: list[int] = field(default_factory=list)
+    fresh: list[bool] = field(default_factory=list)
+    attributes_only: list[int] = field(default_factory=list)
+
+
+@record
+class Renewed(Notice):
+    """How something is that has just ``Changed``, for a guest that will ask; promised, all of it.
+
+    ``nodes[i]`` has the attributes ``attributes[i]``. ``names[i]`` of the directory ``parents[i]`` is ``entries[i]``,
+    one of ``nodes``, which counts a lookup. ``contents[i]`` is all that the regular file ``files[i]`` has.
+    """
+
+    TOPIC: ClassVar[str] = "renewed"
+
+    share: int
+    nodes: list[int] = field(default_factory=list)
+    attributes: list[bytes] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+
+
 # --- mounting: ordinary requests, host -> guest ------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Share:
     """A folder of the host's, and where it is in the guest.
 
@@ -678,12 +828,34 @@ class Share:
     host_locks: bool = False
 
 
+_IN_USE: Final = "in-use="
+
+
+def in_use(shares: Iterable[int]) -> str:
+    """A capability, for the guest's greeting: of these shares it has mounts, or calls that are not answered. Of any
+    other its kernel knows no node, and was promised nothing."""
+    return _IN_USE + ",".join(f"{share:x}" for share in sorted(shares))
+
+
+def shares_in_use(capabilities: Iterable[str]) -> frozenset[int] | None:
+    """What a greeting says; None if it does not."""
+    for capability in capabilities:
+        if capability.startswith(_IN_USE):
+            try:
+                return frozenset(
+                    int(word, 16) for word in capability.removeprefix(_IN_USE).split(",") if word
+                )
+            except ValueError:
+                return None
+    return None
+
+
 class MountStage(StrEnum):
     MOUNTED = "mounted"
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MountReport:
     """What the guest made of one share; ``reason`` is a sentence if it failed."""
 
@@ -692,7 +864,7 @@ class MountReport:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MountReports:
     """``clock_ns``: the guest's wall clock, so that the host can tell by how much it is off."""
 
@@ -700,7 +872,7 @@ class MountReports:
     clock_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class MountShares(Request[MountReports]):
     """Exactly these shares are to be mounted, in this order; others are unmounted.
 

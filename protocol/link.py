@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import errno
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
@@ -34,7 +36,8 @@ from protocol.files import FileCall
 from protocol.frames import MAX_PAYLOAD, Buffer
 from protocol.lane import READABLE, Lane
 from protocol.messages import Hello
-from protocol.muxstream import Incoming, MuxStream
+from protocol.muxstream import Driver, Incoming, MuxStream, Traffic
+from protocol.outlet import BROKEN, Drained, Outlet
 from protocol.serial import SerialChannel
 from protocol.service import Service
 from protocol.serving import Serving
@@ -50,16 +53,18 @@ OnResult = Callable[[messages.Result | LinkError], None]
 OnOpened = Callable[[MuxStream | OpenRefused | LinkError], None]
 """What is told whether a stream was opened; as ``OnResult``."""
 
+SendEarly = Callable[[bytes], None]
+"""Sends what is to be said first, ``EARLY`` bytes at the most, to a stream that is not open yet; once."""
+
 # Bytes per read. A full chunk with its header, so that bulk data takes one read a frame.
 READ_SIZE: Final = 128 * 1024
 # Seconds for the peer to take our last words; then the transport is closed without.
 GOODBYE_TIMEOUT: Final = 1.0
-# Seconds without a slot coming back after which those who wait for one go on without.
-STUCK_AFTER: Final = 0.05
-# Bytes that are written where they are queued, without waking the writer. A turn of trio costs 30 us, and 500 in an
-# emulated guest, more than all else that a small call needs; a socket or port takes this much whole or not at all.
-PROMPT_SIZE: Final = 16 * 1024
-_BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+# Seconds for the answer to ``open_now``, as ``open`` has by default.
+OPEN_TIMEOUT: Final = 30.0
+# Seconds without a slot coming back after which those who wait for one go on without. An emulated guest with 64 streams
+# gives nothing back for 100 ms now and then, and what then goes inline holds up all others behind it.
+STUCK_AFTER: Final = 0.25
 
 
 class _Waiter:
@@ -100,9 +105,10 @@ class Link:
         pause_above: int | None = None,
         bulk: Bulk | None = None,
         lane: Lane | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """``bulk``: memory for payloads that this side has; used in one session at a time. ``lane``: one that is
-        served already, for longer than this link lives; without, it has its own.
+        served already, for longer than this link lives; without, it has its own. ``traffic``: what goes on counting.
 
         ``max_backlog``: bytes waiting to be written at which the peer is at fault for not reading them.
 
@@ -114,6 +120,8 @@ class Link:
         self._own_lane = lane is None
         self.lane = Lane() if lane is None else lane
         """For who carries streams on: it shares the turns in which this link is read."""
+        self.traffic = Traffic() if traffic is None else traffic
+        """What its streams have carried."""
         self.bulk = Bulk() if bulk is None else bulk
         self._open_session: Callable[[], Session] = lambda: Session(
             role,
@@ -131,20 +139,13 @@ class Link:
         self._greeted = False
         self._asking: dict[int, _Waiter] = {}
         self._opening: dict[int, _Waiter | OnOpened] = {}
+        self._due: deque[tuple[float, int]] = deque()  # when to give up on those of ``open_now``, in order
         self._calling: dict[int, OnResult] = {}
         self._streams: dict[int, MuxStream] = {}
         self._over, self._gone = trio.Event(), trio.Event()
-        self._to_write = trio.lowlevel.ParkingLot()
-        self._written = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._timer = trio.lowlevel.ParkingLot()
         self._alarm = 0.0
-        self._writing = 0  # bytes of a write that was begun and has not ended
-        self._writer_left = False
-        self._writer_rests = False
-        self._drained: list[MuxStream] = []  # that are to be told so
-        self._unsent: Buffer = b""  # taken from the session, and to be written before anything else
-        self._send_now: Callable[[Buffer], bool] | None = getattr(transport, "send_nowait", None)
         self._receive_now: Callable[[], bytes | None] | None = getattr(transport, "receive_nowait", None)
         self._reader_wakeup = trio.lowlevel.ParkingLot()
         self._memory_wanted = trio.lowlevel.ParkingLot()
@@ -165,9 +166,9 @@ class Link:
         self._session = self._open_session()
         self.bulk.on_room, self.bulk.on_urgent = self._on_room, self._flush
         self.bulk.on_wanted = self._memory_wanted.unpark_all
-        self._serving = Serving(
-            self._service, self._session, self._flush, self._wait_for_room, self._send_express, self.lane
-        )
+        self._outlet = Outlet(self._session, self._transport, self)
+        self._driver = Driver(self._session, self._flush, self._outlet.express, self.lane, self.traffic)
+        self._serving = Serving(self._service, self._driver, self._wait_for_room)
         self._started = task_status.started
         try:
             await self._drive()
@@ -201,7 +202,7 @@ class Link:
             await self._over.wait()
             await self._serving.stop()
             with trio.move_on_after(GOODBYE_TIMEOUT):
-                await self._flushed()
+                await self._outlet.emptied()
             nursery.cancel_scope.cancel()
 
     def _end(self, error: LinkError) -> None:
@@ -228,20 +229,15 @@ class Link:
         self._streams.clear()
         self._over.set()
         self._room.unpark_all()
-        self._to_write.unpark_all()
-
-    async def _flushed(self) -> None:
-        session = self._running()
-        while (session.has_output or self._unsent or self._writing) and not self._writer_left:
-            await self._written.park()
+        self._outlet.wake()
 
     async def _hang_up(self) -> None:
         """Close the transport, whatever it and the peer do; say goodbye first where that is possible."""
         session = self._running()
         with trio.CancelScope(shield=True):
-            if session.has_output and not self._writing:
+            if session.has_output and (words := self._outlet.last_words()):
                 with trio.move_on_after(GOODBYE_TIMEOUT), self._transport_errors():
-                    await self._transport.send_all(b"".join([self._unsent, *session.data_to_send().buffers]))
+                    await self._transport.send_all(words)
             await trio.aclose_forcefully(self._transport)
 
     def _running(self) -> Session:
@@ -264,7 +260,7 @@ class Link:
     def _transport_errors(self) -> Iterator[None]:
         try:
             yield
-        except _BROKEN as error:
+        except BROKEN as error:
             lost = error.__cause__
             if not isinstance(lost, LinkError):
                 lost = LinkError(f"the transport failed: {error or type(error).__name__}")
@@ -303,7 +299,7 @@ class Link:
         return (
             self._error is None
             and self._serving.notices_done
-            and self._running().backlog <= self._pause_above
+            and self._driver.session.backlog <= self._pause_above
         )
 
     def _on_receivable(self, ready: int) -> None:
@@ -316,20 +312,23 @@ class Link:
             self._bug = error
         if data is None or self._bug is not None or not self._can_go_on:
             self._reader_wakeup.unpark_all()
-            self.lane.stop()
 
     def _take(self, data: bytes) -> None:
-        session = self._running()
+        session = self._driver.session
         self._receiving = True
         try:
             if (express := session.receive_express(data)) is not None:
                 if self._error is None:
                     self._streams[express[0]].on_data(express[1], None)
             else:
-                self._dispatch_all(session.receive_data(data, trio.current_time()))
+                for event in session.receive_data(data, trio.current_time()):
+                    self._dispatch(event)
+                if session.is_sooner:
+                    self._check_alarm()
         finally:
             self._receiving = False
         self._forget_closed()
+        self._outlet.flush()
         if self._room_came:
             self._on_room()
 
@@ -339,6 +338,8 @@ class Link:
             self._dispatch(event)
         self._forget_closed()
         self._flush()
+        if self._driver.session.is_sooner:
+            self._check_alarm()
 
     async def _let_others_follow(self) -> None:
         """Before more is read: what was said must be heard, and answers be taken."""
@@ -347,91 +348,38 @@ class Link:
             await self._room.park()
 
     def _forget_closed(self) -> None:
-        for number in self._running().take_closed():
-            self._streams.pop(number, None)
+        session = self._driver.session
+        if session.closed:
+            for number in session.take_closed():
+                self._streams.pop(number, None)
 
     async def _write(self) -> None:
         with self._transport_errors():
             try:
-                await self._write_batches()
-            except _BROKEN:
+                await self._outlet.run()
+            except BROKEN:
                 # The peer may have said why before it went: let the reader find that first.
-                self._writer_left = True
-                self._written.unpark_all()
+                self._outlet.leave()
                 with trio.move_on_after(GOODBYE_TIMEOUT):
                     await self._over.wait()
                 raise
 
-    async def _write_batches(self) -> None:
-        while True:
-            data = self._unsent or self._take_output()
-            self._unsent = b""
-            self._tell_drained()
-            if data:
-                self._writing = len(data)
-                await self._transport.send_all(data)
-                self._writing = 0
-                self._tell_written()
-            else:
-                self._written.unpark_all()
-                self._writer_rests = True
-                try:
-                    await self._to_write.park()
-                finally:
-                    self._writer_rests = False
-
-    def _take_output(self) -> bytes:
-        """What the session has to say, as much as is written at a time; b"" for nothing."""
-        batch = self._running().data_to_send()
-        self._drained += [self._streams[number] for number in batch.drained]
+    def taken(self, drained: list[int]) -> list[Drained]:
+        """(For the outlet.)"""
+        # Not there yet are those whose first words went ahead of the answer (``open_now``): nobody waits for these.
+        told: list[Drained] = []
+        if drained:
+            told += [self._streams[number] for number in drained if number in self._streams]
         if not self._receiving:  # else there are events yet for streams that have ended
             self._forget_closed()
-        self._room.unpark_all()
-        return b"".join(batch.buffers)
+        if self._room:
+            self._room.unpark_all()
+        return told
 
-    def _write_now(self, session: Session) -> bool:
-        """Write what is queued if the writer has nothing to do, it is little, and the transport takes it at once."""
-        if self._send_now is None or not self._writer_rests or session.backlog > PROMPT_SIZE:
-            return False
-        if not (data := self._unsent or self._take_output()):
-            return True
-        self._unsent = data
-        try:
-            if len(data) > PROMPT_SIZE or not self._send_now(data):
-                return False
-        except _BROKEN:
-            return False  # the writer will meet it as well, and says so
-        self._unsent = b""
-        self._tell_drained()
-        self._tell_written()
-        return True
-
-    def _tell_drained(self) -> None:
-        """After what they had to say has gone: it may be the last that was before what they say next."""
-        drained, self._drained = self._drained, []
-        for stream in drained:
-            stream.on_sendable()
-
-    def _send_express(self, number: int, data: bytes) -> bool:
-        """Send data of a stream at once, if nothing is to go before it and the transport takes it."""
-        if self._send_now is None or not self._writer_rests or self._unsent or len(data) > PROMPT_SIZE:
-            return False
-        if (frame := self._running().express(number, data)) is None:
-            return False
-        self._unsent = frame
-        try:
-            if self._send_now(frame):
-                self._unsent = b""
-        except _BROKEN:
-            pass  # the writer will meet it as well, and says so
-        if self._unsent:
-            self._wake_writer()
-        return True
-
-    def _wake_writer(self) -> None:
-        self._writer_rests = False
-        self._to_write.unpark_all()
-        self.lane.stop()  # it needs a turn
+    def written(self) -> None:
+        """(For the outlet.)"""
+        if self.on_written is not None:
+            self.on_written()
 
     def _on_room(self) -> None:
         """Slots have come back. Who uses them may cause more to, and is not told in the middle of that."""
@@ -444,7 +392,7 @@ class Link:
                 self._room_came = False
                 for stream in list(self._streams.values()):
                     stream.on_sendable()
-                self._tell_written()
+                self.written()
         finally:
             self._telling_room = False
 
@@ -460,27 +408,32 @@ class Link:
                 bulk.stuck = True
                 self._on_room()
 
-    def _tell_written(self) -> None:
-        if self.on_written is not None:
-            self.on_written()
-
     async def _keep_time(self) -> None:
         session = self._running()
         while True:
-            self._alarm = session.next_timeout()
+            session.is_sooner = False
+            self._alarm = self._next_alarm()
             with trio.CancelScope(deadline=self._alarm):
                 await self._timer.park()
-            for event in session.handle_timeout(trio.current_time()):
+            for event in session.handle_timeout(now := trio.current_time()):
                 self._dispatch(event)
+            self._expire(now)
             self._flush()
 
-    def _flush(self) -> None:
-        """After anything was done to the session: wake the tasks that should know."""
-        session = self._running()
-        if session.has_output and not self._write_now(session):
-            self._wake_writer()
-        if session.next_timeout() < self._alarm:
+    def _check_alarm(self) -> None:
+        """After anything that may be due earlier than all else."""
+        if self._next_alarm() < self._alarm:
             self._timer.unpark_all()
+        else:
+            self._driver.session.is_sooner = False
+
+    def _next_alarm(self) -> float:
+        return min(self._running().next_timeout(), self._due[0][0] if self._due else math.inf)
+
+    def _flush(self) -> None:
+        """After anything was done to the session: have what it has to say written."""
+        if not self._receiving:
+            self._outlet.flush()
 
     async def _wait_for_room(self) -> Session:
         """The session, once control frames may be added to what waits to be written."""
@@ -521,6 +474,7 @@ class Link:
         number = session.request(message.METHOD, codec.encode(message), left, now)
         waiter = self._asking[number] = _Waiter()
         self._flush()
+        self._check_alarm()
         try:
             answer = await waiter.wait()
         finally:
@@ -537,7 +491,17 @@ class Link:
         session.notify(notice.TOPIC, codec.encode(notice))
         self._flush()
 
-    async def open(self, target: Target, *, timeout: float | None = 30.0) -> MuxStream:
+    def post(self, notice: Notice) -> None:
+        """Tell the peer, in order with the results of its calls; nothing if the link is over.
+
+        Queued at once, whatever the backlog is: this is for news of which there is less than there are results.
+        """
+        session = self._running()
+        if self._error is None and not session.over:
+            session.notify(notice.TOPIC, codec.encode(notice))
+            self._flush()
+
+    async def open(self, target: Target, *, timeout: float | None = OPEN_TIMEOUT) -> MuxStream:
         """Open a stream to ``target``.
 
         Raises ``OpenRefused`` if the peer will not, or (``TIMEOUT``) has not within ``timeout`` seconds;
@@ -564,21 +528,44 @@ class Link:
             raise _again(answer)
         raise answer
 
-    def open_now(self, target: Target, on_answer: OnOpened) -> bool:
-        """``open`` for who cannot wait; ``on_answer`` gets the stream, or why there is none. False if it would wait.
+    def open_now(self, target: Target, on_answer: OnOpened) -> SendEarly | None:
+        """``open`` for who cannot wait; ``on_answer`` gets the stream, or why there is none. None if it would wait.
 
-        Nobody gives up on it: the peer answers, or the link ends.
+        What is returned takes what can be sent before the answer: if there is no stream in the end, it was in vain.
         """
         session = self._running()
         if self._error is not None or not self._greeted or session.backlog > HIGH_WATER:
-            return False
+            return None
         try:
             number = session.open(target.KIND, codec.encode(target))
         except OpenRefused:
-            return False
+            return None
         self._opening[number] = on_answer
+        while self._due and self._due[0][1] not in self._opening:
+            self._due.popleft()
+        self._due.append((trio.current_time() + OPEN_TIMEOUT, number))
         self._flush()
-        return True
+        if len(self._due) == 1:
+            self._check_alarm()
+        return partial(self._send_early, number)
+
+    def _send_early(self, number: int, data: bytes) -> None:
+        if number in self._opening:
+            self.traffic.sent += len(data)
+            if not self._outlet.express(number, data):
+                self._driver.session.send_data(number, data)
+                self._flush()
+
+    def _expire(self, now: float) -> None:
+        """Give up on streams that ``open_now`` asked for and that were not answered in time.
+
+        That is no refusal: the peer may have opened it, and have what was sent early.
+        """
+        while self._due and (self._due[0][0] <= now or self._due[0][1] not in self._opening):
+            _, number = self._due.popleft()
+            if callable(waiting := self._opening.pop(number, None)):
+                self._driver.session.reset(number, ErrorCode.CANCELLED)
+                waiting(LinkError(f"no answer to opening it within {OPEN_TIMEOUT:g} s", ErrorCode.TIMEOUT))
 
     def call(self, call: FileCall[Any], payload: Buffer | Run, on_result: OnResult) -> None:
         """Ask for a filesystem operation; ``on_result`` gets its result, or why there never will be one.
@@ -594,7 +581,7 @@ class Link:
     @property
     def backlog(self) -> int:
         """Bytes that are being written, or wait to be; the data of streams does not count while it waits."""
-        return self._running().backlog + len(self._unsent) + self._writing
+        return self._running().backlog + self._outlet.backlog
 
     def answer(self, number: int, error: int, value: object = None, payload: Buffer | Run = b"") -> None:
         """The result of call ``number``: an errno, or 0 with the encoded ``value``. Nothing if the link is over.
@@ -628,10 +615,8 @@ class Link:
 
     def _on_answer(self, event: messages.Reply | messages.Failure | TimedOut) -> None:
         self._asking.pop(event.id).resolve(event)
-        self.lane.stop()
 
     def _on_notify(self, event: messages.Notify) -> None:
-        self.lane.stop()
         try:
             self._serving.on_notify(event)
         except RemoteProtocolError as error:
@@ -639,7 +624,6 @@ class Link:
                 self._dispatch(ended)
 
     def _on_request(self, event: messages.Request) -> None:
-        self.lane.stop()
         self._serving.on_request(event)
 
     def _on_cancel(self, event: messages.Cancel) -> None:
@@ -649,7 +633,6 @@ class Link:
         self._serving.on_lapsed(event)
 
     def _on_call(self, event: messages.Call) -> None:
-        self.lane.expect()
         if self._service.call is None:
             self.answer(event.id, errno.ENOSYS)
         else:
@@ -662,8 +645,7 @@ class Link:
         self._serving.on_open(event, self._streams)
 
     def _on_opened(self, event: messages.Opened) -> None:
-        session = self._running()
-        stream = MuxStream(session, event.stream, self._flush, self._send_express, self.lane)
+        stream = MuxStream(self._driver, event.stream)
         self._streams[event.stream] = stream
         self._answer_open(event.stream, stream)
 
@@ -674,7 +656,6 @@ class Link:
         waiting = self._opening.pop(number)
         if isinstance(waiting, _Waiter):
             waiting.resolve(answer)
-            self.lane.stop()
         else:
             waiting(answer)
 

@@ -8,11 +8,12 @@ enough of each other to say why they part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 from protocol import PROTOCOL_MAJOR, PROTOCOL_MINOR, codec
 from protocol.bulk import Loan
+from protocol.codec import record
 from protocol.errors import DecodeError, ErrorCode, RemoteProtocolError
 from protocol.frames import MAX_PAYLOAD, PREFIX, Buffer, Frame, encode_frame
 
@@ -20,7 +21,7 @@ from protocol.frames import MAX_PAYLOAD, PREFIX, Buffer, Frame, encode_frame
 MAX_TEXT: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BulkOffer:
     """The guest has memory for payloads (``bulk``): where the host finds it, and how it knows that it is the same.
 
@@ -33,7 +34,7 @@ class BulkOffer:
     busy: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Hello:
     """The first frame of either side.
 
@@ -49,19 +50,19 @@ class Hello:
     bulk: BulkOffer | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ping:
     """Are you there? ``token`` comes back in the ``Pong``."""
 
     token: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Pong:
     token: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Request:
     """A question. ``timeout`` is in seconds from its arrival; None waits for as long as the link lives."""
 
@@ -71,13 +72,13 @@ class Request:
     timeout: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reply:
     id: int
     value: object
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Failure:
     """The other answer to a request. ``code`` is the text of an ``ErrorCode``."""
 
@@ -87,20 +88,20 @@ class Failure:
     hint: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cancel:
     """The asker no longer wants the answer, which is sent all the same."""
 
     id: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Notify:
     topic: str
     args: object
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Open:
     """A new stream, wanted. ``window`` is the credit, in bytes, that the other side starts with."""
 
@@ -110,7 +111,7 @@ class Open:
     window: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Opened:
     """The stream is there. ``window`` as in ``Open``; data may only follow this."""
 
@@ -118,7 +119,7 @@ class Opened:
     window: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Refused:
     stream: int
     code: str
@@ -126,7 +127,7 @@ class Refused:
     hint: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Data:
     """Bytes of a stream, at least one. They are the frame's payload, not part of its header, or in ``run``."""
 
@@ -136,7 +137,7 @@ class Data:
     loan: Loan | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Credit:
     """The receiver has consumed ``count`` bytes; that many more may be sent."""
 
@@ -144,14 +145,14 @@ class Credit:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Eof:
     """The sender's direction of the stream has ended; the other lives on (half-close)."""
 
     stream: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reset:
     """Both directions are cut. Answered by a ``Reset``, unless both sides had already sent all they had."""
 
@@ -160,7 +161,7 @@ class Reset:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Goodbye:
     """The last frame of either side. The code is ``gone`` for an ordinary end, else what went wrong."""
 
@@ -168,7 +169,7 @@ class Goodbye:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Call:
     """A filesystem operation (``protocol.files``): cheaper than a request, and with bytes as its payload.
 
@@ -183,7 +184,7 @@ class Call:
     loan: Loan | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Result:
     """The answer to a call. ``errno`` is 0 for success, else ``value`` is None; numbers are Linux's."""
 
@@ -195,14 +196,14 @@ class Result:
     loan: Loan | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BulkBegin:
     """The host has found the guest's memory: from here on both sides may refer to it. ``busy`` as in the offer."""
 
     busy: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Free:
     """The receiver does not read these of the sender's slots any more: a bitmap."""
 
@@ -256,6 +257,9 @@ TYPES: Final[dict[int, type[AnyFrame]]] = {
     20: Free,
 }
 _NUMBERS: Final[dict[type, int]] = {cls: number for number, cls in TYPES.items()}
+_CALL: Final = _NUMBERS[Call]
+_RESULT: Final = _NUMBERS[Result]
+_THREE_NUMBERS: Final = [int, int, int]
 # Their last header field may say where the payload is in the plane's memory (``bulk``): [first slot, length].
 _WITH_PAYLOAD: Final = (Data, Call, Result)
 
@@ -299,7 +303,7 @@ def encode_call(
     max_payload: int = MAX_PAYLOAD,
 ) -> list[Buffer]:
     """The buffers of a ``Call``, without a copy of ``payload``."""
-    header = [_NUMBERS[Call], number, op, args]
+    header = [_CALL, number, op, args]
     return encode_frame(header if run is None else [*header, run], payload, max_payload=max_payload)
 
 
@@ -313,18 +317,24 @@ def encode_result(
     max_payload: int = MAX_PAYLOAD,
 ) -> list[Buffer]:
     """The buffers of a ``Result``, without a copy of ``payload``."""
-    header = [_NUMBERS[Result], number, errno, value]
+    header = [_RESULT, number, errno, value]
     return encode_frame(header if run is None else [*header, run], payload, max_payload=max_payload)
 
 
 def decode(frame: Frame) -> AnyFrame:
     """The typed frame. Raises ``RemoteProtocolError`` for a type or shape that does not exist."""
-    header = frame.header
+    header, payload = frame
+    if type(header) is list and len(header) == 4 and [*map(type, header[:3])] == _THREE_NUMBERS:
+        # Nearly all that comes by the thousand.
+        if header[0] == _RESULT:
+            return Result(header[1], header[2], header[3], payload)
+        if header[0] == _CALL:
+            return Call(header[1], header[2], header[3], payload)
     cls = _frame_class(header)
     fields: list[Any] = header[1:]
     if cls in _WITH_PAYLOAD:
-        return _decode_with_payload(cls, fields, frame.payload)
-    if frame.payload:
+        return _decode_with_payload(cls, fields, payload)
+    if payload:
         raise RemoteProtocolError(f"{cls.__name__}: a payload where there is none")
     try:
         return codec.decode(cls, fields)

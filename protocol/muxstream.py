@@ -15,6 +15,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import trio
 
@@ -23,8 +24,32 @@ from protocol.errors import ErrorCode, LinkError, LocalProtocolError, StreamRese
 from protocol.lane import Lane
 from protocol.session import Session
 
-Express = Callable[[int, bytes], bool]
-"""Sends a stream's data at once, ahead of nothing; False if that cannot be done."""
+Sink = Callable[[bytes | memoryview], int]
+"""Takes bytes that have just come, and returns how many; it must neither wait nor raise."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that streams have carried, from the peer and to it."""
+
+    received: int = 0
+    sent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """What the streams of one link have in common.
+
+    ``flush``: the session may have something to write. ``express``: sends a stream's data at once, ahead of nothing;
+    False if that cannot be done. ``lane``: where the link is read, and whoever joins a stream with a descriptor may
+    read that. ``traffic`` counts what they carry.
+    """
+
+    session: Session
+    flush: Callable[[], None]
+    express: Callable[[int, bytes], bool] | None = None
+    lane: Lane | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
 
 class MuxStream(trio.abc.HalfCloseableStream):
@@ -34,20 +59,17 @@ class MuxStream(trio.abc.HalfCloseableStream):
     loss of the link is the same with a ``LinkError``.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        number: int,
-        flush: Callable[[], None],
-        express: Express | None = None,
-        lane: Lane | None = None,
-    ) -> None:
-        self.lane = lane
+    def __init__(self, driver: Driver, number: int) -> None:
+        self.lane = driver.lane
         """Where the stream is read, and whoever joins it with a descriptor may read that."""
-        self._session = session
+        self._driver = driver
+        self._session = driver.session
         self._number = number
-        self._flush = flush  # the session may have something to write
-        self._express = express
+        self._flush = driver.flush
+        self._traffic = driver.traffic
+        self._half = driver.session.stream(number)
+        self.sink: Sink | None = None
+        """Gets what comes, if nothing waits to be read; the rest, and all without it, is for ``peek``."""
         self.on_room: Callable[[], None] | None = None
         """Called when there may be credit or memory to send with; it must neither wait nor raise."""
         self.on_readable: Callable[[], None] | None = None
@@ -58,8 +80,8 @@ class MuxStream(trio.abc.HalfCloseableStream):
         self._closed = False
         self._broken: StreamReset | LinkError | None = None
         self._sending = self._receiving = False
-        self._send_wakeup = trio.lowlevel.ParkingLot()
-        self._receive_wakeup = trio.lowlevel.ParkingLot()
+        self._senders: trio.lowlevel.ParkingLot | None = None  # that wait; most streams never have any
+        self._receivers: trio.lowlevel.ParkingLot | None = None
 
     # --- the application ---------------------------------------------------------------------------
 
@@ -73,12 +95,13 @@ class MuxStream(trio.abc.HalfCloseableStream):
             data = self._send_runs(data)
             if not data:
                 return
+            self._traffic.sent += len(data)
             # Queued without a copy, so it must be bytes: the caller may reuse anything else.
             self._session.send_data(self._number, data if isinstance(data, bytes) else bytes(data))
             self._flush()
             try:
-                while not self._session.drained(self._number):
-                    await self._send_wakeup.park()
+                while not self._half.drained:
+                    await self._wait_to_send()
                     self._check_sendable()
             except BaseException:
                 self._session.drop_unsent(self._number)
@@ -95,6 +118,7 @@ class MuxStream(trio.abc.HalfCloseableStream):
                 view = memoryview(data)
                 run.view[: run.length] = view[: run.length]
                 data = view[run.length :]
+                self._traffic.sent += run.length
                 self._session.send_run(self._number, run)
             finally:
                 if run.slots:
@@ -107,8 +131,8 @@ class MuxStream(trio.abc.HalfCloseableStream):
         with self._exclusive_send():
             await trio.lowlevel.checkpoint()
             self._check_sendable()
-            while not self._session.writable(self._number):
-                await self._send_wakeup.park()
+            while not self._half.writable:
+                await self._wait_to_send()
                 self._check_sendable()
 
     async def send_eof(self) -> None:
@@ -134,7 +158,7 @@ class MuxStream(trio.abc.HalfCloseableStream):
             while not self._received:
                 if self._check_receivable():
                     return b""
-                await self._receive_wakeup.park()
+                await self._wait_to_receive()
             self._check_receivable()
             return self._take(max_bytes)
         finally:
@@ -167,11 +191,9 @@ class MuxStream(trio.abc.HalfCloseableStream):
         else:
             self._received.popleft()
             if loan is not None:
-                loan.release()
+                loan.release()  # which says so if the peer is to have it back at once
         if loan is None:
-            self._session.consume(self._number, count)
-        if self._session.has_output:
-            self._flush()
+            self._consumed(count)
 
     @property
     def ended(self) -> bool:
@@ -182,7 +204,7 @@ class MuxStream(trio.abc.HalfCloseableStream):
         """Memory for up to ``size`` bytes to send; None if there is none for this stream now. Raises as
         ``send_all``."""
         self._check_sendable()
-        return self._session.take_run(self._number, size) if self._session.drained(self._number) else None
+        return self._session.take_run(self._number, size) if self._half.drained else None
 
     @property
     def should_wait(self) -> bool:
@@ -192,13 +214,15 @@ class MuxStream(trio.abc.HalfCloseableStream):
     def send_run(self, run: Run) -> None:
         """Send ``run.length`` bytes of ``run``, which is given away. Raises as ``send_all``."""
         self._check_sendable()
+        self._traffic.sent += run.length
         self._session.send_run(self._number, run)
         self._flush()
 
     def send_now(self, data: bytes) -> None:
         """Send ``data``, or queue what there is no credit for; only when ``writable``. Raises as ``send_all``."""
         self._check_sendable()
-        if self._express is None or not self._express(self._number, data):
+        self._traffic.sent += len(data)
+        if self._driver.express is None or not self._driver.express(self._number, data):
             self._session.send_data(self._number, data)
             self._flush()
 
@@ -225,39 +249,70 @@ class MuxStream(trio.abc.HalfCloseableStream):
         return self._session.has_memory
 
     @property
+    def is_closed(self) -> bool:
+        """Whether this end was closed."""
+        return self._closed
+
+    @property
     def drained(self) -> bool:
         """Whether nothing waits to be sent."""
-        return self._session.drained(self._number)
+        return self._half.drained
 
     @property
     def writable(self) -> bool:
         """Whether there is credit, and nothing waits for more."""
-        return self._session.writable(self._number)
+        return self._half.writable
 
     # --- the link ----------------------------------------------------------------------------------
 
     def on_data(self, data: bytes | memoryview, loan: Loan | None) -> None:
+        self._traffic.received += len(data)
         if self._closed or (self._broken is not None and not self._ended):
             if loan is not None:
                 loan.release()
             return
+        if self.sink is not None and not self._received:
+            taken = self.sink(data)
+            if loan is None:
+                self._consumed(taken)
+            if taken == len(data) or self.is_closed:
+                if loan is not None:
+                    loan.release()
+                return
+            data = memoryview(data)[taken:]
         self._received.append((memoryview(data), loan))
         self._wake_reader()
+
+    def _consumed(self, count: int) -> None:
+        if self._session.consume(self._number, count):
+            self._flush()
 
     def on_eof(self) -> None:
         self._ended = True
         self._wake_reader()
 
     def _wake_reader(self) -> None:
-        self._wake_tasks(self._receive_wakeup)
+        self._wake_receivers()
         if self.on_readable is not None:
             self.on_readable()
 
-    def _wake_tasks(self, waiting: trio.lowlevel.ParkingLot) -> None:
-        if waiting:
-            waiting.unpark_all()
-            if self.lane is not None:
-                self.lane.stop()
+    async def _wait_to_send(self) -> None:
+        self._senders = trio.lowlevel.ParkingLot()
+        await self._senders.park()
+
+    async def _wait_to_receive(self) -> None:
+        self._receivers = trio.lowlevel.ParkingLot()
+        await self._receivers.park()
+
+    def _wake_senders(self) -> None:
+        if self._senders is not None:
+            self._senders.unpark_all()
+            self._senders = None
+
+    def _wake_receivers(self) -> None:
+        if self._receivers is not None:
+            self._receivers.unpark_all()
+            self._receivers = None
 
     def _discard(self) -> None:
         """What was received will not be read."""
@@ -268,7 +323,7 @@ class MuxStream(trio.abc.HalfCloseableStream):
 
     def on_sendable(self) -> None:
         """Data was sent, or credit or memory came."""
-        self._wake_tasks(self._send_wakeup)
+        self._wake_senders()
         if self.on_room is not None:
             self.on_room()
 
@@ -282,6 +337,11 @@ class MuxStream(trio.abc.HalfCloseableStream):
             self._session.reset(self._number, code, message)
             self._flush()
         self._wake()
+
+    def abandon(self) -> None:
+        """It was never opened: what the peer sent before it knew goes nowhere."""
+        self._closed = True
+        self._discard()
 
     def on_broken(self, error: StreamReset | LinkError) -> None:
         """Cut by the peer, or with the link."""
@@ -325,29 +385,22 @@ class MuxStream(trio.abc.HalfCloseableStream):
         return taken
 
     def _wake(self) -> None:
-        self._wake_tasks(self._send_wakeup)
-        self._wake_tasks(self._receive_wakeup)
+        self._wake_senders()
+        self._wake_receivers()
 
 
 class Incoming:
-    """A stream the peer wants to open, not yet answered; ``scope`` is that of its handler."""
+    """A stream the peer wants to open, not yet answered."""
 
-    def __init__(
-        self,
-        session: Session,
-        number: int,
-        flush: Callable[[], None],
-        express: Express | None = None,
-        lane: Lane | None = None,
-    ) -> None:
+    def __init__(self, driver: Driver, number: int) -> None:
         self.number = number
-        self._session = session
-        self._flush = flush
+        self._session, self._flush = driver.session, driver.flush
         self._answered = False
         self._broken: StreamReset | LinkError | None = None
-        self.scope = trio.CancelScope()
+        self.scope: trio.CancelScope | None = None
+        """That of its handler, if there is one."""
         # Made before the answer, so that nothing the peer says next can find nobody there.
-        self.stream = MuxStream(session, number, flush, express, lane)
+        self.stream = MuxStream(driver, number)
 
     async def accept(self) -> MuxStream:
         """The open stream. Raises ``trio.BrokenResourceError`` if the peer or the link has gone meanwhile."""
@@ -374,7 +427,8 @@ class Incoming:
         """The peer or the link has gone: the handler of an unanswered offer is cancelled."""
         if not self._answered:
             self._broken = error
-            self.scope.cancel()
+            if self.scope is not None:
+                self.scope.cancel()
 
     def finish(self, code: ErrorCode, message: str, hint: str = "") -> None:
         """The handler is done: refuse what it did not answer, cut what it did not close."""
@@ -385,6 +439,7 @@ class Incoming:
 
     def _refuse(self, code: ErrorCode, message: str, hint: str) -> None:
         self._answered = True
+        self.stream.abandon()
         self._session.refuse(self.number, code, message, hint)
         self._flush()
 

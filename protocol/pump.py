@@ -59,8 +59,10 @@ class Pump:
     def start(self) -> None:
         self._stream.on_readable = self._deliver
         self._stream.on_room = self._resume
+        self._stream.sink = self._take
         self._deliver()
-        self._resume()
+        if self._error is None:
+            self._watch(self._events | READABLE)
 
     def abort(self, reason: str) -> None:
         """Reset both sides; nothing happens if they have ended."""
@@ -77,7 +79,7 @@ class Pump:
         if self._error is not None:
             return
         self._error = error
-        self._stream.on_readable = self._stream.on_room = None
+        self._stream.on_readable = self._stream.on_room = self._stream.sink = None
         self._lane.forget(self._descriptor)
         self._stream.cut(ErrorCode.RESET if error else ErrorCode.CANCELLED, error)
         if error:
@@ -111,6 +113,9 @@ class Pump:
 
     def _on_event(self, ready: int) -> None:
         events = self._events
+        if ready == READABLE == events and not self._much:
+            self._collect()
+            return
         if events & WRITABLE and ready & ~READABLE:
             self._watch(events & ~WRITABLE)
             self._deliver()
@@ -128,6 +133,22 @@ class Pump:
             self._collect()
 
     # --- from the link ------------------------------------------------------------------------------
+
+    def _take(self, data: bytes | memoryview) -> int:
+        """Write what is just coming, for which nothing waits; returns how much the socket took."""
+        if self._error is not None or self._events & WRITABLE or not self._to_socket:
+            return 0
+        try:
+            count = os.write(self._descriptor, data)
+        except BlockingIOError:
+            count = 0
+        except _BROKEN as error:
+            self._break(error)
+            return 0
+        self._inbound += count
+        if count < len(data):
+            self._watch(self._events | WRITABLE)
+        return count
 
     def _deliver(self) -> None:
         """Write what has come, as much as the socket takes."""
@@ -147,7 +168,6 @@ class Pump:
         while (view := self._stream.peek()) is not None:
             count = os.write(self._descriptor, view)
             self._inbound += count
-            self._lane.expect()
             self._stream.advance(count)
         if self._stream.ended:
             self._to_socket = False
@@ -193,7 +213,6 @@ class Pump:
 
     def _sent(self, count: int) -> None:
         self._outbound += count
-        self._lane.expect()
         if not count:
             self._from_socket = False
             self._watch(self._events & ~READABLE)

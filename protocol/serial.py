@@ -23,6 +23,7 @@ MAX_HELD: Final = 1024 * 1024
 # Seconds between reads of a transport that says b"" for "nobody there", should it not wait itself.
 ABSENT_PAUSE: Final = 0.1
 
+_ESTABLISHED: Final = State.ESTABLISHED
 _BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
@@ -227,21 +228,24 @@ class SerialStream(trio.abc.Stream):
 
         For a few KiB: the transport must take one record whole or not at all.
         """
-        self._check_closed()
-        self._check_current()
+        channel = self._channel
+        if self._closed or channel.resync.state is not _ESTABLISHED:
+            self._check_closed()
+            self._check_current()
         if self._sending or self._cut or len(data) > MAX_RECORD:
             return False
-        return self._channel.write_nowait(self._channel.resync.record(bytes(data)))
+        return channel.write_nowait(channel.resync.record(bytes(data)))
 
     def receive_nowait(self) -> bytes | None:
         """What ``receive_some`` would give if it need not wait; else None, as for all that is not that simple."""
         channel = self._channel
-        if self._closed or channel.receive_nowait is None or channel.resync.state is not State.ESTABLISHED:
+        resync = channel.resync
+        if self._closed or channel.receive_nowait is None or resync.state is not _ESTABLISHED:
             return None
-        if data := channel.resync.read():
+        if resync.readable and (data := resync.read()):
             return data
         received = channel.receive_nowait()
-        return (channel.resync.exchange(received) or None) if received else None
+        return (resync.exchange(received) or None) if received else None
 
     def fileno(self) -> int:
         """What becomes readable when ``receive_nowait`` has something; -1 if nothing does."""

@@ -52,6 +52,7 @@ class Service:
         self._requests: dict[str, tuple[type[Any], Callable[[Any], Awaitable[Any]]]] = {}
         self._streams: dict[str, _Streams] = {}
         self._notices: dict[str, tuple[type[Any], Callable[[Any], Awaitable[None]]]] = {}
+        self._notices_at_once: dict[str, tuple[type[Any], Callable[[Any], None]]] = {}
         self.call: Callable[[Call], None] | None = None
 
     def on_request(self, cls: type[RequestT], handler: Callable[[RequestT], Awaitable[Any]]) -> None:
@@ -81,6 +82,13 @@ class Service:
     def on_notice(self, cls: type[NoticeT], handler: Callable[[NoticeT], Awaitable[None]]) -> None:
         """Await ``handler`` for each ``cls``, one after another in the order sent: it must be quick."""
         _register(self._notices, cls.TOPIC, (cls, handler))
+
+    def on_notice_at_once(self, cls: type[NoticeT], handler: Callable[[NoticeT], None]) -> None:
+        """Call ``handler`` for each ``cls`` where frames are read, in order with calls and their results.
+
+        It must neither wait nor raise.
+        """
+        _register(self._notices_at_once, cls.TOPIC, (cls, handler))
 
     def on_call(self, handler: Callable[[Call], None]) -> None:
         """Give every filesystem operation to ``handler``, which answers with ``Link.answer``, soon or later.
@@ -117,12 +125,20 @@ class Service:
         return partial(handler, target), None if at_once is None else partial(at_once, target)
 
     def bind_notice(self, topic: str, args: object) -> Callable[[], Awaitable[None]] | None:
-        """None for a topic that nobody here cares for. Raises ``DecodeError``."""
+        """None for a topic that nobody here waits for. Raises ``DecodeError``."""
         if (entry := self._notices.get(topic)) is None:
             return None
         cls, handler = entry
         notice = codec.decode(cls, args)
         return lambda: handler(notice)
+
+    def take_notice(self, topic: str, args: object) -> bool:
+        """Whether it was one for a handler that is called at once, and has been. Raises ``DecodeError``."""
+        if (entry := self._notices_at_once.get(topic)) is None:
+            return False
+        cls, handler = entry
+        handler(codec.decode(cls, args))
+        return True
 
 
 def _quoted(text: str) -> str:

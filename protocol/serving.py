@@ -24,8 +24,7 @@ from protocol.errors import (
     RpcError,
     StreamReset,
 )
-from protocol.lane import Lane
-from protocol.muxstream import Express, Incoming, MuxStream
+from protocol.muxstream import Driver, Incoming, MuxStream
 from protocol.service import BoundRequest, Service
 from protocol.session import Lapsed, Session
 
@@ -49,17 +48,13 @@ class Serving:
     def __init__(
         self,
         service: Service,
-        session: Session,
-        flush: Callable[[], None],
+        driver: Driver,
         wait_for_room: Callable[[], Awaitable[Session]],
-        express: Express,
-        lane: Lane,
     ) -> None:
         self._service = service
-        self._session = session
-        self._flush = flush
+        self._driver = driver
+        self._session, self._flush = driver.session, driver.flush
         self._wait_for_room = wait_for_room
-        self._express, self._lane = express, lane
         self._jobs: dict[int, _Job] = {}
         self._offers: dict[int, Incoming] = {}
         self._notices: deque[Callable[[], Awaitable[None]]] = deque()
@@ -94,8 +89,10 @@ class Serving:
     # --- notices -----------------------------------------------------------------------------------
 
     def on_notify(self, event: messages.Notify) -> None:
-        """Queue a notice for its handler. Raises ``RemoteProtocolError`` if it has the wrong shape."""
+        """Hand a notice to its handler. Raises ``RemoteProtocolError`` if it has the wrong shape."""
         try:
+            if self._service.take_notice(event.topic, event.args):
+                return
             call = self._service.bind_notice(event.topic, event.args)
         except DecodeError as error:
             raise RemoteProtocolError(str(error)) from error
@@ -185,20 +182,20 @@ class Serving:
         try:
             handler, at_once = self._service.bind_stream(event.kind, event.args)
         except OpenRefused as error:
+            stream = streams[event.stream] = MuxStream(self._driver, event.stream)
+            stream.abandon()
             if self._session.knows(event.stream):
                 self._session.refuse(event.stream, error.code, error.message, error.hint)
-            else:
-                streams[event.stream] = MuxStream(self._session, event.stream, self._flush)
             return
-        incoming = Incoming(self._session, event.stream, self._flush, self._express, self._lane)
+        incoming = Incoming(self._driver, event.stream)
         streams[event.stream] = incoming.stream
         if not self._session.knows(event.stream):
             return  # cut again in the same breath; nobody answers any more
         if at_once is not None and at_once(incoming):
             return
+        incoming.scope = trio.CancelScope()
         self._offers[event.stream] = incoming
-        self._lane.stop()
-        self._nursery.start_soon(self._serve_stream, event.kind, handler, incoming)
+        self._nursery.start_soon(self._serve_stream, event.kind, handler, incoming, incoming.scope)
 
     def on_reset(self, number: int, error: StreamReset) -> None:
         """The peer has cut a stream; if it was only offered, its handler is stopped."""
@@ -206,10 +203,14 @@ class Serving:
             offer.on_broken(error)
 
     async def _serve_stream(
-        self, kind: str, handler: Callable[[Incoming], Awaitable[None]], incoming: Incoming
+        self,
+        kind: str,
+        handler: Callable[[Incoming], Awaitable[None]],
+        incoming: Incoming,
+        scope: trio.CancelScope,
     ) -> None:
         try:
-            with incoming.scope:
+            with scope:
                 await handler(incoming)
             incoming.finish(ErrorCode.CANCELLED, f"the handler of {kind} is done with it")
         except OpenRefused as error:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from protocol import messages
 from protocol.bulk import INLINE_BELOW, Bulk, Loan, Run
@@ -29,6 +29,7 @@ from protocol.errors import (
 from protocol.frames import MAX_PAYLOAD, PREFIX, Buffer, Frame, FrameDecoder
 from protocol.messages import AnyFrame, StreamFrame, clip
 from protocol.rpc import IdSpace, IncomingRequests, OutgoingRequests
+from protocol.states import TableKey
 from protocol.stream import MAX_CHUNK, MuxedStream, State
 from protocol.window import INITIAL_WINDOW
 
@@ -90,18 +91,23 @@ class Ended:
 Event = AnyFrame | TimedOut | Lapsed | Ended
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What to write now, and the streams whose queued data is all part of it."""
 
     buffers: list[Buffer]
     drained: list[int]
 
 
-class Phase(Enum):
+class Phase(TableKey):
     GREETING = auto()  # our hello is queued, the peer's has not come
     OPEN = auto()
     OVER = auto()
+
+
+# For what is done for each frame: on Python 3.11 the member of an enum is a call away.
+_GREETING: Final = Phase.GREETING
+_OPEN: Final = Phase.OPEN
+_OVER: Final = Phase.OVER
 
 
 class Session:
@@ -124,7 +130,7 @@ class Session:
         if not 0 < heartbeat < dead_after:
             raise LocalProtocolError("a heartbeat must come before the peer is taken for dead")
         self.peer: messages.Hello | None = None
-        self._phase = Phase.GREETING
+        self._phase = _GREETING
         self._hello = hello
         self._now = now
         self._heartbeat, self._grace = heartbeat, dead_after - heartbeat
@@ -135,7 +141,8 @@ class Session:
         self._max_payload, self._max_backlog = max_payload, max_backlog
         self._decoder = FrameDecoder(max_payload=max_payload)
         self._control: list[Buffer] = []
-        self._backlog = 0
+        self.backlog = 0
+        """Bytes of control frames waiting to be written."""
         self._asked = OutgoingRequests(role.first_id)
         self._serving = IncomingRequests(role.peer_first_id)
         self._own_ids, self._peer_ids = IdSpace(role.first_id), IdSpace(role.peer_first_id)
@@ -146,7 +153,10 @@ class Session:
         self._own_streams: dict[int, MuxedStream] = {}
         self._peer_streams: dict[int, MuxedStream] = {}
         self._ready: dict[int, None] = {}  # an ordered set: whose turn it is
-        self._closed: list[int] = []
+        self.is_sooner = True
+        """Whether ``next_timeout`` may be earlier than it was; for its caller to reset."""
+        self.closed: list[int] = []
+        """Streams that have ended, for ``take_closed``."""
         self._token = 0
         self._hello_due = now + HELLO_TIMEOUT
         self._ping_due = self._pong_due = _NEVER
@@ -155,26 +165,26 @@ class Session:
     # --- output ------------------------------------------------------------------------------------
 
     @property
-    def backlog(self) -> int:
-        """Bytes of control frames waiting to be written."""
-        return self._backlog
-
-    @property
     def has_output(self) -> bool:
         return bool(self._control or self._ready or (self._bulk.urgent and not self.over))
 
     @property
+    def is_idle(self) -> bool:
+        """Whether a frame that is written now would overtake nothing."""
+        return not (self._control or self._ready or self._bulk.urgent or self._phase is _OVER)
+
+    @property
     def over(self) -> bool:
-        return self._phase is Phase.OVER
+        return self._phase is _OVER
 
     def data_to_send(self) -> Batch:
         """Everything of control, then data up to about ``MAX_CHUNK``; no buffers when there is nothing.
 
         Little data at a time keeps control frames prompt, some each time keeps data from starving.
         """
-        if not self.over and (frees := self._bulk.take_frees()):
+        if self._phase is not _OVER and (frees := self._bulk.take_frees()):
             self._send(messages.Free(frees))
-        buffers, self._control, self._backlog = self._control, [], 0
+        buffers, self._control, self.backlog = self._control, [], 0
         drained: list[int] = []
         room = MAX_CHUNK
         while self._ready and room > 0:
@@ -193,7 +203,8 @@ class Session:
 
     def _queue(self, buffers: list[Buffer]) -> None:
         self._control += buffers
-        self._backlog += sum(map(len, buffers))
+        for buffer in buffers:
+            self.backlog += len(buffer)
 
     # --- input -------------------------------------------------------------------------------------
 
@@ -203,10 +214,11 @@ class Session:
         events: list[Event] = []
         if self.over:
             return events
-        self._decoder.receive_data(data)
+        decoder, receive = self._decoder, self._receive_frame
+        decoder.receive_data(data)
         try:
-            while not self.over and (frame := self._decoder.next_frame()) is not None:
-                if (event := self._receive_frame(frame)) is not None:
+            while not self.over and (frame := decoder.next_frame()) is not None:
+                if (event := receive(frame)) is not None:
                     events.append(event)
         except RemoteProtocolError as error:
             events.append(self._fail(error))
@@ -226,21 +238,18 @@ class Session:
 
     def receive_express(self, data: bytes) -> tuple[int, bytes] | None:
         """Stream and bytes, if ``data`` is exactly one frame with the data of a stream; else nothing was taken."""
-        if len(data) <= PREFIX.size or self._decoder.buffered:
+        if not self._by_header or len(data) <= PREFIX.size or self._decoder.buffered:
             return None
         header_len, payload_len = PREFIX.unpack_from(data)
         start = PREFIX.size + header_len
         stream = self._by_header.get(data[PREFIX.size : start])
         if stream is None or len(data) != start + payload_len or payload_len > MAX_CHUNK:
             return None
-        try:
-            taken = stream.receive_express(payload_len)
-        except RemoteProtocolError:
-            return None  # said again, and heard, by ``receive_data``
-        return (stream.number, data[start:]) if taken else None
+        # What must not be is said again, and heard, by ``receive_data``.
+        return (stream.number, data[start:]) if stream.receive_express(payload_len) else None
 
     def _receive_frame(self, raw: Frame) -> Event | None:
-        if self._phase is Phase.GREETING:
+        if self._phase is _GREETING:
             messages.check_major(raw, self._hello.major)
         frame = messages.decode(raw)
         transition = TRANSITIONS.get((self._phase, type(frame)))
@@ -248,7 +257,7 @@ class Session:
             raise RemoteProtocolError(f"{type(frame).__name__} in phase {self._phase.name}")
         function, self._phase = transition
         event = function(self, frame)
-        if self._backlog > self._max_backlog:
+        if self.backlog > self._max_backlog:
             raise RemoteProtocolError("the peer does not read what it makes us send", ErrorCode.LIMIT)
         return event
 
@@ -262,7 +271,7 @@ class Session:
 
     def lose(self, error: LinkError) -> Ended:
         """The transport is gone, with ``error``: there is nothing more to send."""
-        self._control, self._backlog = [], 0
+        self._control, self.backlog = [], 0
         self._close()
         return Ended(error)
 
@@ -272,11 +281,13 @@ class Session:
         return Ended(error)
 
     def _close(self) -> None:
-        self._phase = Phase.OVER
+        self._phase = _OVER
         if self._closed_down:
             return
         self._closed_down = True
         self._bulk.end()
+        for stream in (*self._own_streams.values(), *self._peer_streams.values()):
+            stream.end()
         self._own_streams.clear()
         self._peer_streams.clear()
         self._by_header.clear()
@@ -284,10 +295,11 @@ class Session:
         self._hello_due = self._ping_due = self._pong_due = _NEVER
 
     def _require_open(self) -> None:
-        if self._phase is Phase.OVER:
+        if self._phase is _OPEN:
+            return
+        if self._phase is _OVER:
             raise LinkClosed("the link is over")
-        if self._phase is Phase.GREETING:
-            raise LocalProtocolError("nothing may be sent before the peer's hello")
+        raise LocalProtocolError("nothing may be sent before the peer's hello")
 
     # --- time --------------------------------------------------------------------------------------
 
@@ -322,6 +334,7 @@ class Session:
         """Ask; returns the id that the answer will carry. ``RpcError`` (``LIMIT``) if too many wait."""
         self._require_open()
         number = self._asked.begin(timeout, now)
+        self.is_sooner = True
         try:
             self._send(messages.Request(number, method, args, timeout))
         except LocalProtocolError:
@@ -443,9 +456,9 @@ class Session:
 
     def express(self, number: int, data: bytes) -> bytes | None:
         """The frame with ``data`` of stream ``number``, to be written at once; None if something goes before it."""
-        if self.has_output or self.over:
+        if not self.is_idle or (stream := self._find(number)) is None:
             return None
-        return None if (stream := self._find(number)) is None else stream.express(data)
+        return stream.express(data)
 
     @property
     def has_memory(self) -> bool:
@@ -490,25 +503,19 @@ class Session:
         """Cut both directions."""
         self._operate(number, lambda stream: stream.reset(code, clip(message)))
 
-    def consume(self, number: int, count: int) -> None:
-        """The application took ``count`` bytes; harmless when the stream is over meanwhile."""
-        if (stream := self._find(number)) is not None:
-            stream.consume(count)
-
-    def writable(self, number: int) -> bool:
-        """Whether data would go out at once: nothing is queued, and there is credit."""
-        stream = self._find(number)
-        return stream is not None and stream.writable
-
-    def drained(self, number: int) -> bool:
-        """Whether nothing that was queued for the stream is still unsent."""
-        stream = self._find(number)
-        return stream is None or stream.drained
+    def consume(self, number: int, count: int) -> bool:
+        """The application took ``count`` bytes; harmless when the stream is over meanwhile. True if the peer is to
+        be told, which is queued."""
+        return (stream := self._find(number)) is not None and stream.consume(count)
 
     def take_closed(self) -> list[int]:
         """The streams that have ended since the last call: no event will name them any more."""
-        closed, self._closed = self._closed, []
+        closed, self.closed = self.closed, []
         return closed
+
+    def stream(self, number: int) -> MuxedStream:
+        """What is known of a stream that is, or was."""
+        return self._find(number) or MuxedStream.over(number)
 
     def knows(self, number: int) -> bool:
         """Whether a stream has frames yet to come, in either direction."""
@@ -538,13 +545,14 @@ class Session:
             self._own_streams.pop(stream.number, None)
             self._peer_streams.pop(stream.number, None)
             self._by_header.pop(stream.header, None)
-            self._closed.append(stream.number)
+            self.closed.append(stream.number)
 
     # --- what the peer's frames do -----------------------------------------------------------------
 
     def _on_hello(self, frame: messages.Hello) -> Event:
         self.peer = frame
         self._hello_due, self._ping_due = _NEVER, self._now + self._heartbeat
+        self.is_sooner = True
         offer = frame.bulk
         if offer is not None and self._role is Role.HOST and self._bulk.accept(offer.extents, offer.mark):
             self._send(messages.BulkBegin(self._bulk.busy()))
@@ -571,8 +579,10 @@ class Session:
         if self._pong_due == _NEVER or frame.token != self._token:
             raise RemoteProtocolError("a pong without its ping")
         self._ping_due, self._pong_due = self._now + self._heartbeat, _NEVER
+        self.is_sooner = True
 
     def _on_request(self, frame: messages.Request) -> Event | None:
+        self.is_sooner = True
         if self._serving.begin(frame.id, frame.timeout, self._now):
             return frame
         self._send(messages.Failure(frame.id, ErrorCode.LIMIT.value, "too many requests at a time"))

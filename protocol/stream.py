@@ -3,7 +3,9 @@
 The states are data: ``TRANSITIONS[(state, input)]`` is what happens and where it leads; whatever is not
 in the table is an error, ours if we asked for it, else the peer's. The law: each side ends its
 direction exactly once, by ``EOF`` or ``RESET``, and a ``RESET`` is answered by one unless its receiver
-had ended already. So both sides know when the last frame of a stream has been seen, late data for a
+had ended already. Who asks for a stream may send up to ``EARLY`` bytes before the answer, so that a question and
+its answer take one round trip and not two; a refusal is therefore answered by a ``RESET``, too. So both sides
+know when the last frame of a stream has been seen, late data for a
 stream that was cut is dropped but still counted against the window, and data for a stream that is
 over is an error and not a shrug.
 """
@@ -12,20 +14,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from enum import Enum, auto
+from enum import auto
 from typing import Any, Final
 
 from protocol.bulk import Account
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.frames import PREFIX, Buffer
 from protocol.messages import AnyFrame, Credit, Data, Eof, Open, Opened, Refused, Reset, data_header
+from protocol.states import TableKey
 from protocol.window import ReceiveWindow, SendWindow
 
 # The most data of one stream in one frame; then it is the next stream's turn.
 MAX_CHUNK: Final = 64 * 1024
+# Bytes that may follow the question for a stream, before the answer; the window that this grants counts them, and is
+# never smaller. A request of HTTP or of a database fits.
+EARLY: Final = 16 * 1024
 
 
-class State(Enum):
+class State(TableKey):
     """Where a stream is, seen from this side. Ended means: an ``EOF`` was sent."""
 
     IDLE = auto()
@@ -34,12 +40,13 @@ class State(Enum):
     OPEN = auto()
     LOCAL_ENDED = auto()
     REMOTE_ENDED = auto()
+    REFUSED = auto()  # by us; until the peer's answer there may be data that it sent before it knew
     RESETTING = auto()  # we cut it; the peer's answer is on its way
     ENDED_RESETTING = auto()  # the same, but an EOF went before: the peer may be done without answering
     CLOSED = auto()
 
 
-class Input(Enum):
+class Input(TableKey):
     SEND_OPEN = auto()
     SEND_OPENED = auto()
     SEND_REFUSED = auto()
@@ -81,11 +88,19 @@ class MuxedStream:
         self.header = data_header(number)
         """Of a frame with this stream's data: what is sent and received by the thousand is not encoded each time."""
 
+    @classmethod
+    def over(cls, number: int) -> MuxedStream:
+        """One that has ended."""
+        stream = cls(number, 1, lambda frame: None)
+        stream.state = State.CLOSED
+        return stream
+
     # --- this side ---------------------------------------------------------------------------------
 
     def open(self, kind: str, args: object) -> None:
         """Ask the peer for it."""
         self._step(Input.SEND_OPEN, Open(self.number, kind, args, self._receive_window.size))
+        self._send_window.grant(self._early)
 
     def accept(self) -> None:
         self._step(Input.SEND_OPENED, Opened(self.number, self._receive_window.size))
@@ -114,11 +129,8 @@ class MuxedStream:
         return PREFIX.pack(len(self.header), len(data)) + self.header + data
 
     def receive_express(self, count: int) -> bool:
-        """Take ``count`` bytes of a ``Data`` frame; False if it is not as simple as that. Raises as ``receive``."""
-        if self.state not in _RECEIVING or not count:
-            return False
-        self._receive_window.receive(count)
-        return True
+        """Take ``count`` bytes of a ``Data`` frame; False if it is not as simple as that, or must not be."""
+        return self.state in _RECEIVING and count > 0 and self._receive_window.receive_at_once(count)
 
     def send_run(self, reference: list[int]) -> None:
         """Send data by reference (``bulk``), at once: it needs no credit. Only when nothing is queued."""
@@ -126,6 +138,11 @@ class MuxedStream:
             raise LocalProtocolError(f"data on stream {self.number} out of its order")
         self._step(Input.SEND_DATA, None)
         self._send(Data(self.number, b"", reference))
+
+    def end(self) -> None:
+        """The session is over: nothing is sent any more, and who asks is told so."""
+        self._drop_direction()
+        self.state = State.CLOSED
 
     def drop_unsent(self) -> None:
         """Forget the data that was queued and not sent; an end that waited for it goes now."""
@@ -136,8 +153,7 @@ class MuxedStream:
         """End this side's direction, after the data that is queued."""
         if self._eof_waits:
             raise LocalProtocolError(f"stream {self.number} ended twice")
-        if self._outgoing:
-            self._step(Input.SEND_DATA, None)  # the end is not sent yet, but it must be allowed
+        if self._outgoing and (self.state, Input.SEND_EOF) in TRANSITIONS:
             self._eof_waits = True
         else:
             self._step(Input.SEND_EOF, Eof(self.number))
@@ -145,11 +161,13 @@ class MuxedStream:
     def reset(self, code: ErrorCode, message: str) -> None:
         self._step(Input.SEND_RESET, Reset(self.number, code.value, message))
 
-    def consume(self, count: int) -> None:
-        """The application took ``count`` received bytes; may send a credit."""
+    def consume(self, count: int) -> bool:
+        """The application took ``count`` received bytes. True if the peer is to be told, which is queued."""
         credit = self._receive_window.consume(count)
-        if credit and self.state in (State.OPEN, State.LOCAL_ENDED):
-            self._send(Credit(self.number, credit))
+        if not credit or self.state not in _RECEIVING:
+            return False
+        self._send(Credit(self.number, credit))
+        return True
 
     # --- what the scheduler asks -------------------------------------------------------------------
 
@@ -166,7 +184,7 @@ class MuxedStream:
     @property
     def writable(self) -> bool:
         """Whether data queued now could be sent at once."""
-        return not self._outgoing and self._send_window.available > 0
+        return not self._outgoing and self._send_window.available > 0 and self.state in _SENDING
 
     def next_chunk(self) -> memoryview:
         """The next bytes to send, at most ``MAX_CHUNK`` and the credit. Only when ``ready``.
@@ -226,11 +244,25 @@ class MuxedStream:
     def _tell(self, frame: AnyFrame) -> bool:
         return True
 
+    def _take_refusal(self, frame: Refused) -> bool:
+        self._drop_direction()
+        self._send(Reset(self.number, ErrorCode.RESET.value, ""))
+        return True
+
     def _ignore(self, frame: AnyFrame) -> bool:
         return False
 
-    def _take_grant(self, frame: Open | Opened) -> bool:
+    @property
+    def _early(self) -> int:
+        return min(EARLY, self._receive_window.size)  # both sides have the same
+
+    def _take_grant(self, frame: Open) -> bool:
         self._send_window.grant(frame.window)
+        return True
+
+    def _take_answer(self, frame: Opened) -> bool:
+        if frame.window != self._early:
+            self._send_window.grant(frame.window - self._early)
         return True
 
     def _take_credit(self, frame: Credit) -> bool:
@@ -258,7 +290,7 @@ class MuxedStream:
         self._eof_waits = False
 
 
-_SENDING: Final = (State.OPEN, State.REMOTE_ENDED)
+_SENDING: Final = (State.OPEN, State.REMOTE_ENDED, State.OPENING)
 _RECEIVING: Final = (State.OPEN, State.LOCAL_ENDED)
 
 _Action = Callable[[MuxedStream, Any], bool]
@@ -268,13 +300,18 @@ TRANSITIONS: Final[dict[tuple[State, Input], tuple[_Action, State]]] = {
     (State.IDLE, Input.SEND_OPEN): (_M._emit, State.OPENING),
     (State.IDLE, Input.RECV_OPEN): (_M._take_grant, State.OFFERED),
     #
-    (State.OPENING, Input.RECV_OPENED): (_M._take_grant, State.OPEN),
-    (State.OPENING, Input.RECV_REFUSED): (_M._tell, State.CLOSED),
+    (State.OPENING, Input.SEND_DATA): (_M._allow, State.OPENING),
+    (State.OPENING, Input.RECV_OPENED): (_M._take_answer, State.OPEN),
+    (State.OPENING, Input.RECV_REFUSED): (_M._take_refusal, State.CLOSED),
     (State.OPENING, Input.SEND_RESET): (_M._cut, State.RESETTING),
     #
     (State.OFFERED, Input.SEND_OPENED): (_M._emit, State.OPEN),
-    (State.OFFERED, Input.SEND_REFUSED): (_M._emit, State.CLOSED),
+    (State.OFFERED, Input.SEND_REFUSED): (_M._emit, State.REFUSED),
+    (State.OFFERED, Input.RECV_DATA): (_M._take_data, State.OFFERED),
     (State.OFFERED, Input.RECV_RESET): (_M._answer_reset, State.CLOSED),
+    #
+    (State.REFUSED, Input.RECV_DATA): (_M._drop_data, State.REFUSED),
+    (State.REFUSED, Input.RECV_RESET): (_M._ignore, State.CLOSED),
     #
     (State.OPEN, Input.SEND_DATA): (_M._allow, State.OPEN),
     (State.OPEN, Input.SEND_EOF): (_M._emit, State.LOCAL_ENDED),

@@ -81,6 +81,14 @@ class ReceiveWindow:
         self._available -= count
         self._buffered += count
 
+    def receive_at_once(self, count: int) -> bool:
+        """``receive``, if the peer had credit; else False, and nothing has happened."""
+        if count > self._available:
+            return False
+        self._available -= count
+        self._buffered += count
+        return True
+
     def consume(self, count: int) -> int:
         """The application took ``count`` bytes; returns the credit to send now, mostly 0."""
         if count > self._buffered:

@@ -173,7 +173,13 @@ def _build_in(work: Path, recipe: Recipe, privilege: Privilege, progress: Progre
         release = _kernel_release(root)
         shutil.copyfile(root / "boot" / f"vmlinuz-{release}", work / "kernel")
         init = (recipe.guest_files / "usr/lib/agentctl/init").read_bytes()
-        (work / "initrd").write_bytes(initrd.build(root, release, recipe.initrd_modules, init))
+        wanted = {
+            "alone": recipe.alone_modules,
+            "order": recipe.initrd_modules,
+            "beside": recipe.bulk_modules,
+        }
+        archive = initrd.build(root, release, wanted, init)
+        (work / "initrd").write_bytes(archive)
         progress("making the root filesystem")
         _make_filesystem(root, work / "root.img", recipe, privilege, log.fileno())
     packages = manifests.packages(root)

@@ -1,4 +1,4 @@
-"""The guest's initrd: one static busybox, one script, the few modules the root disk needs.
+"""The guest's initrd: one static busybox, one script, the few modules that root, network and shared memory need.
 
 Written here, byte by byte in the ``newc`` cpio format (Documentation/driver-api/early-userspace/
 buffer-format.rst), instead of by initramfs-tools: 2 MB instead of 30, uncompressed, so that neither
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,33 +77,44 @@ def _module_name(path: str) -> str:
     return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
 
 
-def build(root: Path, release: str, wanted: Iterable[str], init: bytes) -> bytes:
-    """The initrd for kernel ``release`` of the root filesystem at ``root``; ``init`` becomes ``/init``."""
+def build(root: Path, release: str, wanted: Mapping[str, Iterable[str]], init: bytes) -> bytes:
+    """The initrd for kernel ``release`` of the root filesystem at ``root``; ``init`` becomes ``/init``.
+
+    It finds in ``/modules/NAME`` what to load, in order, for the modules that ``wanted`` has under that name; what two
+    of them need is in the first.
+    """
     modules = root / "lib/modules" / release
-    wanted = list(wanted)
-    order = module_load_order((modules / "modules.dep").read_text(), wanted)
+    dependencies = (modules / "modules.dep").read_text()
+    asked = {name: list(some) for name, some in wanted.items()}
+    every = [module for some in asked.values() for module in some]
+    order = module_load_order(dependencies, every)
     built_in = {_module_name(line) for line in (modules / "modules.builtin").read_text().splitlines()}
     missing = [
-        name for name in wanted if name not in built_in and name not in {_module_name(path) for path in order}
+        name for name in every if name not in built_in and name not in {_module_name(path) for path in order}
     ]
     if missing:
         raise ProvisionError(
             f"kernel {release} has no module {', '.join(missing)}", "name another kernel in the recipe"
         )
-    return cpio(_entries(root, modules, order, init))
+    lists: dict[str, list[str]] = {}
+    for name, some in asked.items():
+        before = {path for listed in lists.values() for path in listed}
+        lists[name] = [path for path in module_load_order(dependencies, some) if path not in before]
+    return cpio(_entries(root, modules, lists, init))
 
 
-def _entries(root: Path, modules: Path, order: list[str], init: bytes) -> Iterator[Entry]:
+def _entries(root: Path, modules: Path, lists: Mapping[str, list[str]], init: bytes) -> Iterator[Entry]:
     for name in ("bin", "dev", "modules"):
         yield directory(name)
     # Before devtmpfs is mounted, init's own output needs somewhere to go (console is 5,1).
     yield Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     yield file("bin/busybox", (root / "bin/busybox").read_bytes(), 0o755)
     yield file("init", init, 0o755)
-    names = [f"{_module_name(path)}.ko" for path in order]
-    for path, name in zip(order, names, strict=True):
-        yield file(f"modules/{name}", decompressed(modules / path))
-    yield file("modules/order", "".join(f"{name}\n" for name in names).encode())
+    for name, order in lists.items():
+        names = [f"{_module_name(path)}.ko" for path in order]
+        for path, module in zip(order, names, strict=True):
+            yield file(f"modules/{module}", decompressed(modules / path))
+        yield file(f"modules/{name}", "".join(f"{module}\n" for module in names).encode())
 
 
 def decompressed(module: Path) -> bytes:

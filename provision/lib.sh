@@ -208,14 +208,21 @@ vm_runs() {
     return 1
 }
 
-# end_vm HOME VENV [WORD...]: stops and deletes the instance in HOME, by the agentctl in VENV, run by WORD...
+# is_instance NAME: whether an instance can be called so (host_agent/paths.py).
+is_instance() { [[ $1 =~ ^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$ ]]; }
+
+# end_vm HOME VENV [WORD...]: stops and deletes the instances in HOME, by the agentctl in VENV, run by WORD...
 end_vm() {
-    local of=$1 python=$2/bin/python
+    local of=$1 python=$2/bin/python instance
     shift 2
     [ -d "$of/instances" ] || return 0
     if (cd / && "$@" "$python" -P -c 'import host_agent.cli') 2>/dev/null; then
-        (cd / && AGENTCTL_HOME=$of "$@" "$python" -P -m host_agent delete --data --yes) ||
-            die "the VM in $of could not be removed" "see: AGENTCTL_HOME=$of agentctl status"
+        for instance in "$of"/instances/*/; do
+            instance=$(basename -- "$instance")
+            is_instance "$instance" || continue
+            (cd / && AGENTCTL_HOME=$of AGENTCTL_INSTANCE=$instance "$@" "$python" -P -m host_agent delete --data --yes) ||
+                die "the VM $instance in $of could not be removed" "see: AGENTCTL_HOME=$of agentctl list"
+        done
     fi
     ! vm_runs "$of" || die "a VM is running in $of, and what could stop it ($python) is missing or broken" \
         "make it again with ./provision/quickstart, then run this again"
@@ -237,9 +244,12 @@ remove_home() {
     for path in "$1"/images/*; do
         [[ ! ${path##*/} =~ ^[0-9a-f]{16}$ ]] || ours+=("$path")
     done
+    for path in "$1"/instances/*; do
+        ! is_instance "${path##*/}" || ours+=("$path")
+    done
     remove_trees "${ours[@]}" "$1"/images/.build-* "$1"/images/{.lock,failed-build.log} \
         "$1"/cache/accelerators.json "$1"/tools/bin/docker "$1"/tools/cli-plugins/docker-{compose,buildx} \
-        "$1"/tools/.lock "$1"/tools/.staging-* "$1"/instances/default
+        "$1"/tools/.lock "$1"/tools/.staging-*
     for path in "$1"/{images,cache,tools/bin,tools/cli-plugins,tools,instances}; do
         rmdir -- "$path" 2>/dev/null || [ ! -e "$path" ] || say "$path stays: not all that is in it is agentctl's"
     done

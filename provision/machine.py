@@ -17,6 +17,7 @@ from uuid import UUID
 from provision.errors import ProvisionError
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 # sun_path holds 104 bytes with its final NUL on macOS, 108 on Linux; one limit for both, so that an
 # instance directory that works on one works on the other.
@@ -25,17 +26,26 @@ MAX_SOCKET_PATH = 103
 # Below this Linux 6.12 has no room to unpack itself and its initrd.
 MIN_MEMORY = 256 * MIB
 
+# What a PC has no room for below 4 GiB, because of its devices, it has from there on.
+_BEHIND_LOW_MEMORY = 4 * GIB
+
 # QEMU keeps 20 bytes of a virtio-blk serial; these are what udev shows as virtio-SERIAL.
 ROOT_SERIAL = "agentctl-root"
 DATA_SERIAL = "agentctl-data"
 AGENT_SERIAL = "agentctl-agent"
 
+# The name by which QEMU's monitor knows the data disk.
+DATA_NODE = "data"
+
 # One port for each plane, so that a long file transfer never stands before a command.
 CONTROL_PORT = "org.agentctl.control"
 FILES_PORT = "org.agentctl.files"
 
-# slirp's own default, said out loud: the guest is .15, the host .2, the name server .3.
+# slirp's own default, said out loud: the guest is .15, the host's loopback .2, the name server .3.
 GUEST_NETWORK = "10.0.2.0/24"
+GUEST_ADDRESS = "10.0.2.15"
+HOST_ADDRESS = "10.0.2.2"
+NAME_SERVER_ADDRESS = "10.0.2.3"
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -69,6 +79,7 @@ class _Board:
     tcg_cpu: str
     tcg_cmdline: tuple[str, ...]
     has_vmgenid: bool
+    has_memmap: bool
 
 
 _BOARDS = {
@@ -76,16 +87,25 @@ _BOARDS = {
         # Nothing here uses these four; each is a device less for the guest to probe.
         machine="q35,vmport=off,usb=off,sata=off,smbus=off",
         console="ttyS0",
-        # la57: four levels of page tables instead of five, a shorter walk for each TLB miss.
-        tcg_cpu="max,la57=off",
+        # la57: four levels of page tables instead of five, a shorter walk for each TLB miss. erms: without it Linux
+        # copies by REP MOVSQ instead of MOVSB, of which TCG does one at a time: 1.1 ms for a MiB, not 3.9.
+        tcg_cpu="max,la57=off,erms=off",
         # QEMU 7.2 now and then leaves garbage in EFLAGS after CMPXCHG16B, which Linux's slab allocator
         # uses where it can: a double fault in __kmalloc in 7 of 40 boots of a 6.12 kernel with two CPUs,
         # in none of 60 when the kernel is told not to use it. The CPU keeps the feature, since programs
         # built for x86-64-v2 (all of RHEL 9, for one) refuse to start without it.
         tcg_cmdline=("clearcpuid=cx16",),
         has_vmgenid=True,
+        has_memmap=True,
     ),
-    Arch.AARCH64: _Board(machine="virt", console="ttyAMA0", tcg_cpu="max", tcg_cmdline=(), has_vmgenid=False),
+    Arch.AARCH64: _Board(
+        machine="virt",
+        console="ttyAMA0",
+        tcg_cpu="max",
+        tcg_cmdline=(),
+        has_vmgenid=False,
+        has_memmap=False,
+    ),
 }
 
 
@@ -105,7 +125,9 @@ class SerialPort:
 class BulkMemory:
     """Memory that host and guest share: a file of ``size`` bytes, which the guest has as ``/dev/pmem0``.
 
-    Whole MiB. The file is there, with that size, when QEMU opens it.
+    Whole MiB. The file is there, with that size, when QEMU opens it. Where the kernel can be told on its command line
+    that memory of this kind is at an address (x86), it is told so and has no driver for the device: QEMU 7.2 saves
+    nothing of a virtio-pmem device with a VM, and whoever had used its queue would wait for it ever after.
     """
 
     path: Path
@@ -116,10 +138,11 @@ class BulkMemory:
 class Machine:
     """One boot of an instance. Paths are absolute, ``memory`` is in bytes and whole MiB.
 
-    QEMU creates the sockets (``qmp`` and those of ``serial_ports``), so they are only as private as
-    the folder they are in: that folder must be 0700. ``root`` is a qcow2 overlay that does not outlive
-    the boot, ``data`` and ``agent`` are raw; without ``data`` the machine has no data disk, without
-    ``bulk`` no shared memory. ``sandbox`` is for QEMUs built with seccomp.
+    QEMU creates the sockets (``qmp``, ``events`` and those of ``serial_ports``), so they are only as private as
+    the folder they are in: that folder must be 0700. ``events`` is a second monitor, for who only
+    listens. ``root`` is a qcow2 overlay that does not outlive the boot, ``data`` and ``agent`` are raw; without
+    ``data`` the machine has no data disk, without ``bulk`` no shared memory. ``sandbox`` is for QEMUs
+    built with seccomp.
 
     Raises MachineError when the numbers or paths cannot work.
     """
@@ -138,6 +161,7 @@ class Machine:
     data: Path | None = None
     bulk: BulkMemory | None = None
     qmp: Path
+    events: Path | None = None
     console: Path
     serial_ports: tuple[SerialPort, ...] = ()
     hotplug_ports: int = 2
@@ -156,7 +180,8 @@ class Machine:
                 raise MachineError(f"{path} must be an absolute path.")
         if self.bulk is not None and (self.bulk.size <= 0 or self.bulk.size % MIB):
             raise MachineError("The memory that a machine shares with its host must be whole MiB.")
-        for socket in (self.qmp, *(port.socket for port in self.serial_ports)):
+        events = () if self.events is None else (self.events,)
+        for socket in (self.qmp, *events, *(port.socket for port in self.serial_ports)):
             _check_socket(socket)
 
     @property
@@ -175,9 +200,24 @@ class Machine:
                 "rw",
                 f"systemd.machine_id={self.uuid.hex}",
                 *(board.tcg_cmdline if self.accelerator is Accelerator.TCG else ()),
+                *self._bulk_cmdline(),
                 *self.cmdline,
             )
         )
+
+    def _bulk_cmdline(self) -> tuple[str, ...]:
+        if self.bulk is None or not _BOARDS[self.arch].has_memmap:
+            return ()
+        # Because there can be memory behind 4 GiB Linux would take 64 MiB of the guest's for devices that reach no
+        # further (swiotlb). Virtio's reach all of it.
+        return (f"memmap={self.bulk.size // MIB}M!{self._bulk_address():#x}", "swiotlb=noforce")
+
+    def _bulk_address(self) -> int:
+        """Where the guest has the shared memory: behind all RAM, however much of it QEMU puts below 4 GiB.
+
+        At a GiB, so that it can be mapped by huge pages.
+        """
+        return -(-(_BEHIND_LOW_MEMORY + self.memory) // GIB) * GIB
 
     def argv(self, qemu: Path) -> list[str]:
         """The whole command line, the program first."""
@@ -214,19 +254,34 @@ class Machine:
 
     def _memory(self) -> str:
         # A virtio-pmem device is plugged behind the RAM; it takes address space of a region that only exists
-        # if there can be more memory than there is, and none of the slots of DIMMs.
+        # if there can be more memory than there is, and none of the slots of DIMMs. The region begins at 4 GiB or
+        # where the RAM ends, so it reaches to the end of the device in either case.
         if self.bulk is None:
             return f"{self.memory // MIB}M"
-        return f"size={self.memory // MIB}M,maxmem={(self.memory + self.bulk.size) // MIB}M"
+        room = self.bulk.size
+        if _BOARDS[self.arch].has_memmap:
+            room += self._bulk_address() - _BEHIND_LOW_MEMORY
+        return f"size={self.memory // MIB}M,maxmem={(self.memory + room) // MIB}M"
 
     def _control(self) -> list[str]:
         # fmt: off
         return [
             "-chardev", f"socket,id=qmp,path={escape(self.qmp)},server=on,wait=off",
             "-mon", "chardev=qmp,mode=control",
+            *self._events(),
             # Appending, so that it goes on at the start when the file is cut to keep it small.
             "-chardev", f"file,id=console,path={escape(self.console)},append=on",
             "-serial", "chardev:console",
+        ]
+        # fmt: on
+
+    def _events(self) -> list[str]:
+        if self.events is None:
+            return []
+        # fmt: off
+        return [
+            "-chardev", f"socket,id=events,path={escape(self.events)},server=on,wait=off",
+            "-mon", "chardev=events,mode=control",
         ]
         # fmt: on
 
@@ -243,7 +298,7 @@ class Machine:
         ]
         if self.data is not None:
             argv += [
-                "-blockdev", f"driver=raw,node-name=data,file.driver=file,file.filename={escape(self.data)},"
+                "-blockdev", f"driver=raw,node-name={DATA_NODE},file.driver=file,file.filename={escape(self.data)},"
                              "discard=unmap,detect-zeroes=unmap",
                 "-device", f"virtio-blk-pci,id=data,drive=data,serial={DATA_SERIAL}",
             ]
@@ -270,11 +325,13 @@ class Machine:
         if _BOARDS[self.arch].has_vmgenid:
             argv += ["-device", "vmgenid,guid=auto"]
         if self.bulk is not None:
+            board = _BOARDS[self.arch]
+            address = f",memaddr={self._bulk_address():#x}" if board.has_memmap else ""
             # share: what either writes is in the file at once. Not preallocated here, since who made it did that.
             argv += [
                 "-object", f"memory-backend-file,id=bulk,mem-path={escape(self.bulk.path)},share=on,prealloc=off,"
                            f"size={self.bulk.size // MIB}M",
-                "-device", "virtio-pmem-pci,id=bulk-device,memdev=bulk",
+                "-device", f"virtio-pmem-pci,id=bulk-device,memdev=bulk{address}",
             ]
         # fmt: on
         return argv

@@ -1,8 +1,8 @@
 """The recipe of the guest image, and the hash that names what it makes.
 
 The law: two recipes that could make different images never share a name. The hash covers
-``recipe.toml``, every file under ``guest/`` with its mode, the architecture, and the builder's own
-sources, since they too decide what the image contains.
+``recipe.toml``, every file under ``guest/`` with its mode, the architecture, the runtime, and the
+builder's own sources, since they too decide what the image contains.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from provision.errors import ProvisionError
+
+DOCKER = "docker"
+CONTAINERD = "containerd"
+RUNTIMES = (DOCKER, "podman", CONTAINERD)
+"""What may run the containers."""
 
 HERE = Path(__file__).parent
 _BUILDER_SOURCES = ("bootstrap.py", "commands.py", "image.py", "initrd.py", "manifest.py", "recipe.py")
@@ -30,7 +35,9 @@ class Recipe:
     architecture: str
     kernel_package: str
     packages: tuple[str, ...]
+    alone_modules: tuple[str, ...]
     initrd_modules: tuple[str, ...]
+    bulk_modules: tuple[str, ...]
     cmdline: tuple[str, ...]
     root_size: int
     guest_files: Path
@@ -48,8 +55,8 @@ def debian_architecture(machine: str = "") -> str:
         ) from None
 
 
-def load(directory: Path = HERE, machine: str = "") -> Recipe:
-    """Read ``directory/recipe.toml``; raises ``ProvisionError`` if it is not a recipe."""
+def load(directory: Path = HERE, machine: str = "", runtime: str = DOCKER) -> Recipe:
+    """Read ``directory/recipe.toml``, for an image of ``runtime``; raises ``ProvisionError`` if it is not a recipe."""
     architecture = debian_architecture(machine)
     path = directory / "recipe.toml"
     try:
@@ -61,12 +68,14 @@ def load(directory: Path = HERE, machine: str = "") -> Recipe:
             security_mirror=table["security_mirror"],
             architecture=architecture,
             kernel_package=table["kernel"][architecture],
-            packages=tuple(table["packages"]),
+            packages=(*table["packages"], *table["runtime"][runtime]),
+            alone_modules=tuple(table["alone_modules"]),
             initrd_modules=tuple(table["initrd_modules"]),
+            bulk_modules=tuple(table["bulk_modules"][architecture]),
             cmdline=tuple(table["cmdline"]),
             root_size=int(table["root_size"]),
             guest_files=directory / "guest",
-            digest=_digest(directory, text, architecture),
+            digest=_digest(directory, text, architecture, runtime),
         )
     except OSError as error:
         raise ProvisionError(
@@ -76,7 +85,7 @@ def load(directory: Path = HERE, machine: str = "") -> Recipe:
         raise ProvisionError(f"{path} is not a recipe: {error!r}", "reinstall agentctl") from error
 
 
-def _digest(directory: Path, recipe: bytes, architecture: str) -> str:
+def _digest(directory: Path, recipe: bytes, architecture: str, runtime: str) -> str:
     digest = hashlib.sha256()
 
     def add(name: str, mode: int, content: bytes) -> None:
@@ -86,6 +95,7 @@ def _digest(directory: Path, recipe: bytes, architecture: str) -> str:
         digest.update(content)
 
     add("architecture", 0, architecture.encode())
+    add("runtime", 0, runtime.encode())
     add("recipe.toml", 0, recipe)
     for source in _BUILDER_SOURCES:
         add(source, 0, (HERE / source).read_bytes())

@@ -1,6 +1,6 @@
 """Runs the tests of protocol/ and guest_agent/ on the guest's own Python and package versions.
 
-    python tests/guest_versions.py DIRECTORY [PYTEST ARGUMENT ...]
+    python tests/guest_versions.py DIRECTORY [--make-only | PYTEST ARGUMENT ...]
 
 A small root of the guest's Debian release, with the agent's packages and pytest from the same archive,
 is made in DIRECTORY (once per recipe), and pytest runs in it: Debian's interpreter, trio, C msgpack and
@@ -19,7 +19,16 @@ from provision import recipe as recipes
 from provision.recipe import Recipe
 
 SOURCES = Path(__file__).resolve().parent.parent
-TEST_PACKAGES = ["python3-pytest", "python3-pytest-trio", "python3-hypothesis", "iproute2", "procps", "mount"]
+TEST_PACKAGES = [
+    "python3-pytest",
+    "python3-pytest-trio",
+    "python3-pytest-xdist",
+    "python3-hypothesis",
+    "iproute2",
+    "procps",
+    "mount",
+    "openssl",
+]
 
 # Runs as root of its namespaces. The sources are bound read-only; everything else of the host stays out.
 INSIDE = """
@@ -51,7 +60,8 @@ def in_namespace(command: list[str]) -> None:
 def make_root(root: Path, recipe: Recipe) -> None:
     """The root of ``recipe``'s release with the agent's Python packages, unless it is there already."""
     stamp = root / ".complete"
-    if stamp.exists() and stamp.read_text() == recipe.digest:
+    contents = " ".join([recipe.digest, *TEST_PACKAGES])
+    if stamp.exists() and stamp.read_text() == contents:
         return
     if root.exists():
         in_namespace(["rm", "-rf", str(root)])
@@ -77,7 +87,7 @@ def make_root(root: Path, recipe: Recipe) -> None:
     subprocess.run([*namespace(), *unpack], stdin=bootstrap.stdout, check=True)
     if bootstrap.wait() != 0:
         raise SystemExit("mmdebstrap failed")
-    stamp.write_text(recipe.digest)
+    stamp.write_text(contents)
 
 
 def main() -> int:
@@ -86,6 +96,8 @@ def main() -> int:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is missing")
     make_root(root, recipes.load())
+    if sys.argv[2:] == ["--make-only"]:
+        return 0
     arguments = [str(root), str(SOURCES), *sys.argv[2:]]
     return subprocess.run([*namespace(), "sh", "-c", INSIDE, "sh", *arguments], check=False).returncode
 

@@ -145,8 +145,10 @@ WANTED: Final = int(
     | Init.BIG_WRITES
     | Init.NO_OPEN_SUPPORT
     | Init.PARALLEL_DIROPS
+    | Init.DO_READDIRPLUS
     | Init.MAX_PAGES
     | Init.CACHE_SYMLINKS
+    | Init.NO_OPENDIR_SUPPORT
     | Init.HANDLE_KILLPRIV_V2
     | Init.INIT_EXT
     | Init.HAS_RESEND
@@ -276,10 +278,15 @@ def inval_inode(node: int, offset: int, length: int) -> bytes:
     return _NOTIFY_INODE.pack(_NOTIFY_INODE.size, Notify.INVAL_INODE, 0, node, offset, length)
 
 
-def inval_entry(parent: int, name: bytes) -> bytes:
-    """Forget what a name stands for (or that there is none)."""
+_EXPIRE_ONLY: Final = 1
+
+
+def inval_entry(parent: int, name: bytes, *, expire: bool = False) -> bytes:
+    """Forget what a name stands for (or that there is none), and what is mounted there. With ``expire`` only ask for it
+    when it is used next (FUSE_EXPIRE_ONLY, Linux 6.2; before that the same as without)."""
     size = _NOTIFY_ENTRY.size + len(name) + 1
-    return _NOTIFY_ENTRY.pack(size, Notify.INVAL_ENTRY, 0, parent, len(name), 0) + name + b"\0"
+    flags = _EXPIRE_ONLY if expire else 0
+    return _NOTIFY_ENTRY.pack(size, Notify.INVAL_ENTRY, 0, parent, len(name), flags) + name + b"\0"
 
 
 RESEND: Final = OUT_HEADER.pack(OUT_HEADER.size, Notify.RESEND, 0)

@@ -7,13 +7,13 @@ from typing import Final
 
 from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Request
-from guest_agent.fuse.volume import Volume, attr_ns
+from guest_agent.fuse.volume import Volume
 from protocol.files import (
-    SET_SIZE,
+    ATTRIBUTES,
+    NAME,
     GetAttributes,
     GetFilesystemSize,
     GetXattr,
-    ListXattr,
     RemoveXattr,
     SetAttributes,
     SetXattr,
@@ -21,15 +21,33 @@ from protocol.files import (
 
 PASSED_ON: Final = b"user."
 """The extended attributes that are the host's; all others mean something to one kernel only."""
+CAPABILITY: Final = b"security.capability"
+ROOM_FOR_NAMES: Final = 256
+"""XATTR_NAME_MAX and a NUL. Who offers less does not want the names of any attributes, but looks for the system's:
+ls(1) since coreutils 9.6 (gnulib's file-has-acl.c, 152 bytes)."""
 _LOCAL_ONLY: Final = bodies.FATTR_FH | bodies.FATTR_LOCKOWNER | bodies.FATTR_CTIME
 
 
 async def getattr_(volume: Volume, request: Request) -> bytes:
-    node = request.nodeid
-    attributes = await volume.host.ask(GetAttributes(volume.share, request.unique ^ volume.salt, node))
-    if attributes.stale or volume.is_dropping(node):
-        await volume.drop(node)
-    return bodies.attr_out(attributes.attr, attr_ns(attributes.attr))
+    """The kernel asks for what it was promised, too: reading a directory or a file has changed the time of access, it
+    thinks (fuse_invalidate_atime)."""
+    node, known = request.nodeid, volume.listings.directories
+    if (attr := known.attributes(node)) is not None and not volume.is_dropping(node):
+        return bodies.attr_out(attr, volume.valid(node, attr, NAME | ATTRIBUTES))
+    if (attr := volume.looked.take(request.pid, node)) is not None and not volume.is_dropping(node):
+        return bodies.attr_out(attr, volume.valid(node, attr, 0))
+    asking, asked = volume.asking, known.begin()
+    asking[node] = asking.get(node, 0) + 1
+    try:
+        attributes = await volume.host.ask(GetAttributes(volume.share, request.unique ^ volume.salt, node))
+        if attributes.stale or volume.is_dropping(node):
+            await volume.drop_for_attributes(node)
+        if attributes.promise & ATTRIBUTES and volume.is_alone:
+            known.learn(node, attributes.attr, asked)
+    finally:
+        known.end()
+        volume.asked(node)
+    return bodies.attr_out(attributes.attr, volume.valid(node, attributes.attr, attributes.promise))
 
 
 async def setattr_(volume: Volume, request: Request) -> bytes:
@@ -38,8 +56,9 @@ async def setattr_(volume: Volume, request: Request) -> bytes:
     attributes = await volume.host.ask(
         SetAttributes(volume.share, unique, node, valid & ~_LOCAL_ONLY, mode, uid, gid, size, atime, mtime)
     )
-    if valid & SET_SIZE:
-        volume.written.add(node)
+    volume.data_changed(node)
+    # For no time, whatever is promised: the kernel takes this answer also when it was told meanwhile that the
+    # attributes have changed (fuse_do_setattr), and holds no directory's lock that would make it wait with telling.
     return bodies.attr_out(attributes.attr)
 
 
@@ -55,15 +74,33 @@ async def getxattr(volume: Volume, request: Request) -> bytes:
     room, name = bodies.parse_getxattr(request.body)
     if not name.startswith(PASSED_ON):
         # Before each write(2) the kernel itself asks for security.capability, so this must cost nothing.
-        raise OSError(errno.EOPNOTSUPP if name.startswith(b"system.") else errno.ENODATA, "")
+        raise OSError(_absence(name), "")
+    names = volume.xattrs.known(request.nodeid)
+    if names is not None and name not in names.split(b"\0"):
+        raise OSError(errno.ENODATA, "")
     call = GetXattr(volume.share, request.unique ^ volume.salt, request.nodeid, name)
     return _fitted((await volume.host.ask(call)).data, room)
 
 
+def _absence(name: bytes) -> int:
+    """Why nothing has an attribute that is not passed on. ACLs and labels this filesystem does not have at all, and
+    ls(1) asks no further of one that says so (EOPNOTSUPP); getcap(8) calls that an error, and ENODATA none."""
+    if name.startswith((b"system.", b"security.")) and name != CAPABILITY:
+        return errno.EOPNOTSUPP
+    return errno.ENODATA
+
+
 async def listxattr(volume: Volume, request: Request) -> bytes:
     room = bodies.parse_listxattr(request.body)
-    call = ListXattr(volume.share, request.unique ^ volume.salt, request.nodeid)
-    return _fitted((await volume.host.ask(call)).data, room)
+    names = volume.xattrs.known(request.nodeid)
+    if names is None:
+        unique = request.unique ^ volume.salt
+        names = await volume.xattrs.ask(unique, request.nodeid, keep=volume.is_alone)
+    if not names and 0 < room < ROOM_FOR_NAMES:
+        # None, and none of the system's here or elsewhere: so ls(1) asks for no other file's. A program that has room
+        # for names is told that there are none, since it may take this for all files' (rclone(1) does).
+        raise OSError(errno.EOPNOTSUPP, "")
+    return _fitted(names, room)
 
 
 def _fitted(data: bytes, room: int) -> bytes:
@@ -79,6 +116,7 @@ async def setxattr(volume: Volume, request: Request) -> bytes:
     _check_changeable(name)
     unique = request.unique ^ volume.salt
     await volume.host.ask(SetXattr(volume.share, unique, request.nodeid, name, value, flags))
+    volume.data_changed(request.nodeid)
     return b""
 
 
@@ -86,6 +124,7 @@ async def removexattr(volume: Volume, request: Request) -> bytes:
     name = bodies.parse_name(request.body)
     _check_changeable(name)
     await volume.host.ask(RemoveXattr(volume.share, request.unique ^ volume.salt, request.nodeid, name))
+    volume.data_changed(request.nodeid)
     return b""
 
 

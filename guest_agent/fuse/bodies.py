@@ -10,6 +10,7 @@ import struct
 from typing import Final, cast
 
 from guest_agent.fuse.abi import RESEND_BIT
+from protocol.files import ATTR, ATTRIBUTES, ENTRY, FOREVER, NAME
 
 FATTR_FH: Final = 1 << 6
 FATTR_LOCKOWNER: Final = 1 << 9
@@ -222,31 +223,50 @@ def parse_ioctl(body: memoryview) -> tuple[int, int, int, int, int, int]:
 
 # --- replies -----------------------------------------------------------------------------------------
 
-_ENTRY = struct.Struct("<Q32x")
-_ENTRY_VALID = struct.Struct("<QQQQII")
+_NODE = struct.Struct("<Q8x")
 _ATTR_VALID = struct.Struct("<QI4x")
 _OPEN_OUT = struct.Struct("<QI4x")
 _STATFS_OUT = struct.Struct("<QQQQQIII28x")
 _LK_OUT = struct.Struct("<QQII")
 
 
-def entry_out(node: int, attr: bytes, entry_ns: int = 0, attr_ns: int = 0) -> bytes:
-    """LOOKUP, SYMLINK, MKNOD, MKDIR, LINK: a node, its ``protocol.files.ATTR``, and for how long the name
-    and the attributes may be used without asking (ns). Node 0: there is no such name."""
-    if entry_ns or attr_ns:
-        times = (entry_ns // _NS, attr_ns // _NS, entry_ns % _NS, attr_ns % _NS)
-        return _ENTRY_VALID.pack(node, 0, *times) + attr
-    return _ENTRY.pack(node) + attr
+TICK: Final = 4
+"""Beside the bits of a ``promise``: the attributes may be used for a tick of the kernel's clock (4 ms)."""
+
+_TICK_NS: Final = 1
+"""Which the kernel rounds up."""
 
 
-_ATTR_AT_ONCE_STALE = bytes(16)
+def _seconds(valid: int, bit: int) -> int:
+    return FOREVER if valid & bit else 0
 
 
-def attr_out(attr: bytes, attr_ns: int = 0) -> bytes:
-    """GETATTR, SETATTR."""
-    if attr_ns:
-        return _ATTR_VALID.pack(attr_ns // _NS, attr_ns % _NS) + attr
-    return _ATTR_AT_ONCE_STALE + attr
+def _tick_ns(valid: int) -> int:
+    return _TICK_NS if valid & TICK and not valid & ATTRIBUTES else 0
+
+
+_ENTRY_TIMES: Final = tuple(
+    ENTRY.pack(0, 0, _seconds(valid, NAME), _seconds(valid, ATTRIBUTES), 0, _tick_ns(valid))[16:]
+    for valid in range(8)
+)
+_ATTR_TIMES: Final = tuple(
+    _ATTR_VALID.pack(_seconds(valid, ATTRIBUTES), _tick_ns(valid)) for valid in range(8)
+)
+
+
+def entry_out(node: int, attr: bytes, valid: int = 0) -> bytes:
+    """LOOKUP, SYMLINK, MKNOD, MKDIR, LINK: a node and its ``protocol.files.ATTR``. ``valid``: what of it may be used
+    without asking, as in a ``promise`` of protocol.files, and ``TICK``."""
+    return _NODE.pack(node) + _ENTRY_TIMES[valid] + attr
+
+
+ABSENT: Final = _NODE.pack(0) + _ENTRY_TIMES[NAME] + bytes(ATTR.size)
+"""LOOKUP: there is no such name, until the kernel is told."""
+
+
+def attr_out(attr: bytes, valid: int = 0) -> bytes:
+    """GETATTR, SETATTR; ``valid`` as above."""
+    return _ATTR_TIMES[valid] + attr
 
 
 def open_out(fh: int, flags: int = 0) -> bytes:
@@ -254,9 +274,9 @@ def open_out(fh: int, flags: int = 0) -> bytes:
     return _OPEN_OUT.pack(fh, flags)
 
 
-def create_out(node: int, attr: bytes, fh: int, flags: int = 0) -> bytes:
+def create_out(node: int, attr: bytes, fh: int, flags: int = 0, valid: int = 0) -> bytes:
     """CREATE, TMPFILE."""
-    return entry_out(node, attr) + _OPEN_OUT.pack(fh, flags)
+    return entry_out(node, attr, valid) + _OPEN_OUT.pack(fh, flags)
 
 
 def write_out(size: int) -> bytes:

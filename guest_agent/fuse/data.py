@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 
 from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Request
@@ -12,7 +13,6 @@ from protocol.bulk import Loan
 from protocol.files import (
     Allocate,
     CopyRange,
-    Flushed,
     OpenForLocks,
     Read,
     Release,
@@ -23,8 +23,8 @@ from protocol.files import (
 
 
 async def open_(volume: Volume, request: Request) -> bytes:
-    """ENOSYS, once: from then on the kernel opens without asking, and keeps what it has cached. Where locks
-    are the host's they need an open file there."""
+    """ENOSYS, once: from then on the kernel opens without asking, and keeps what it has cached. Nor does it say when a
+    file is closed (RELEASE), not even one that it has made. Where locks are the host's they need an open file there."""
     if not volume.host_locks:
         raise OSError(errno.ENOSYS, "")
     flags = bodies.parse_open(request.body)[0] & os.O_ACCMODE
@@ -35,8 +35,15 @@ async def open_(volume: Volume, request: Request) -> bytes:
 
 async def read(volume: Volume, request: Request) -> bytes | Loan:
     _fh, offset, size, *_ = bodies.parse_read(request.body)
-    ask = volume.host.ask(Read(volume.share, request.unique ^ volume.salt, request.nodeid, offset, size))
+    node, contents = request.nodeid, volume.contents
+    unique = request.unique ^ volume.salt
+    if node in contents and (data := await contents.read(unique, node, offset, size)) is not None:
+        return data
+    if (ahead := await volume.readahead.read(unique, node, offset, size)) is not None:
+        return ahead
+    ask = volume.host.ask(Read(volume.share, unique, node, offset, size))
     ask.may_lend = True
+    ask.after = partial(volume.readahead.asked if offset else contents.missed, node)
     await ask
     return ask.received if ask.lent is None else ask.lent
 
@@ -46,7 +53,6 @@ async def write(volume: Volume, request: Request) -> bytes:
     # Without a run the buffer is read into again, and its content copied.
     data = bytes(view) if request.run is None else request.run
     node = request.nodeid
-    volume.written.add(node)
     # The kernel chose the offset of an append by what it knows of the size. Dirty pages of a mapping
     # (WRITE_CACHE) are where they are, however the file was opened.
     append = bool(flags & os.O_APPEND) and not write_flags & bodies.WRITE_CACHE
@@ -57,6 +63,7 @@ async def write(volume: Volume, request: Request) -> bytes:
     finally:
         if request.run is not None:
             request.run.give_back()
+    volume.data_changed(node)
     if written.offset != offset:
         await volume.drop_for_append(node)
     elif append:
@@ -67,9 +74,9 @@ async def write(volume: Volume, request: Request) -> bytes:
 async def fallocate(volume: Volume, request: Request) -> bytes:
     _fh, offset, length, mode = bodies.parse_fallocate(request.body)
     node = request.nodeid
-    volume.written.add(node)
     unique = request.unique ^ volume.salt
     await volume.host.ask(Allocate(volume.share, unique, node, mode, offset, length))
+    volume.data_changed(node)
     return b""
 
 
@@ -84,25 +91,21 @@ async def copy_file_range(volume: Volume, request: Request) -> bytes:
     _fh, offset, to_node, _to_fh, to_offset, length, flags = bodies.parse_copy_file_range(request.body)
     if flags:
         raise OSError(errno.EINVAL, "")
-    volume.written.add(to_node)
     unique = request.unique ^ volume.salt
     call = CopyRange(volume.share, unique, request.nodeid, offset, to_node, to_offset, length)
     written = await volume.host.ask(call)
+    volume.data_changed(to_node)
     return bodies.write_out(written.size)
 
 
 async def flush(volume: Volume, request: Request) -> bytes:
-    """At each close(2)."""
-    node = request.nodeid
-    if node in volume.written:
-        volume.written.discard(node)
-        volume.host.tell(Flushed(volume.share, 0, node), lasting=False)
-    if volume.host_locks:
-        handle, owner = bodies.parse_flush(request.body)
-        volume.lockers.pop((node, owner), None)
-        unique = request.unique ^ volume.salt
-        call = ReleaseOwner(volume.share, unique, node, handle, owner)
-        await volume.host.ask(call, lasting=True)
+    """At each close(2) where locks are the host's. Elsewhere it is ENOSYS, once: what was written is on the host."""
+    if not volume.host_locks:
+        raise OSError(errno.ENOSYS, "")
+    node, (handle, owner) = request.nodeid, bodies.parse_flush(request.body)
+    volume.lockers.pop((node, owner), None)
+    unique = request.unique ^ volume.salt
+    await volume.host.ask(ReleaseOwner(volume.share, unique, node, handle, owner), lasting=True)
     return b""
 
 

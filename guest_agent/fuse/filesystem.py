@@ -1,7 +1,8 @@
 """One share's file system: each request of the kernel's, to who can answer it.
 
 Whatever has no entry here is ENOSYS, which the kernel takes for "not needed" and asks no more (ACCESS, POLL,
-BMAP, STATX, SYNCFS: what was written is on the host already).
+BMAP, STATX, SYNCFS: what was written is on the host already; OPENDIR: see ``listing``). So are OPEN and FLUSH, unless
+locks are the host's: an open(2) and a close(2) of a file send nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ REMOTE: Final[dict[int, Callable[[Volume, Request], Operation]]] = {
     Opcode.LISTXATTR: attributes.listxattr,
     Opcode.REMOVEXATTR: attributes.removexattr,
     Opcode.FLUSH: data.flush,
-    Opcode.READDIR: names.readdir,
+    Opcode.READDIRPLUS: names.readdirplus,
     Opcode.GETLK: locks.getlk,
     Opcode.SETLK: locks.setlk,
     Opcode.SETLKW: locks.setlkw,
@@ -61,8 +62,6 @@ REMOTE: Final[dict[int, Callable[[Volume, Request], Operation]]] = {
 LOCAL: Final[dict[int, Callable[[Volume, Request], bytes | None]]] = {
     Opcode.FORGET: names.forget,
     Opcode.BATCH_FORGET: names.batch_forget,
-    Opcode.OPENDIR: names.opendir,
-    Opcode.RELEASEDIR: names.releasedir,
     Opcode.RELEASE: data.release,
     Opcode.IOCTL: _ioctl,
 }

@@ -7,7 +7,8 @@ double what removing a tree costs. Late is harmless: a forgotten node costs the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -39,12 +40,18 @@ class Forgets:
         self._share = share
         self._timers = timers
         self._uniques = uniques
-        self._counts: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()
 
     def add(self, node: int, lookups: int) -> None:
         if not self._counts:
             self._timers.after(DELAY, self.flush)
-        self._counts[node] = self._counts.get(node, 0) + lookups
+        self._counts[node] += lookups
+
+    def add_all(self, nodes: Sequence[int]) -> None:
+        """One lookup of each."""
+        if not self._counts:
+            self._timers.after(DELAY, self.flush)
+        self._counts.update(nodes)
 
     def flush(self) -> None:
         """Tell the host now."""

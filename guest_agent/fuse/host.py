@@ -68,6 +68,7 @@ class Ask(Generic[ResultT]):
     __slots__ = (
         "_host",
         "_resume",
+        "after",
         "call",
         "caller",
         "lasting",
@@ -101,6 +102,8 @@ class Ask(Generic[ResultT]):
         self.lent: Loan | None = None
         """...of a call that ``may_lend``: to be released by who asked."""
         self.may_lend = False
+        self.after: Callable[[], None] | None = None
+        """Called once it is on its way: what is asked for then goes behind it."""
         self._host = host
         self._resume: Resume | None = None
 
@@ -128,6 +131,8 @@ class Ask(Generic[ResultT]):
     def begin(self, resume: Resume) -> None:
         self._resume = resume
         self._host.enter(self)
+        if self.after is not None:
+            self.after()
 
     def on_result(self, result: Result | LinkError) -> None:
         if isinstance(result, Result):
@@ -168,6 +173,8 @@ class Host:
         self.caller = 0
         """The thread whose request is being begun: it is the caller of all that is asked meanwhile. 0: none. (So
         no request pays for a table of callers, which seldom anybody looks up.)"""
+        self.read_ahead = 0
+        """Bytes that are read ahead of the kernel, of all shares (``readahead``)."""
         self._is_dying = is_dying
         self._link: Caller | None = None
         self._patient = True
@@ -184,10 +191,9 @@ class Host:
         """To be awaited by an operation. ``payload`` must not change; a run is the operation's to give back."""
         return Ask(self, call, payload, lasting)
 
-    def tell(self, call: FileCall[Any], *, lasting: bool = True) -> None:
-        """Ask with nobody waiting for the answer; it reaches the host however long that takes. Without
-        ``lasting`` a host that is away for long never hears of it, and nothing piles up for it."""
-        self.enter(Ask(self, call, b"", lasting))
+    def tell(self, call: FileCall[Any]) -> None:
+        """Ask with nobody waiting for the answer; it reaches the host however long that takes."""
+        self.enter(Ask(self, call, b"", True))
 
     def enter(self, ask: Ask[Any]) -> None:
         """(For ``Ask``.) Send it as soon as there is a session, room, and nothing before it."""
@@ -213,6 +219,11 @@ class Host:
     def gate(self, share: int) -> Gate:
         """Closed while so much of ``share`` waits that no more should be taken from the kernel."""
         return self._turns.gate(share)
+
+    @property
+    def shares(self) -> set[int]:
+        """Of which something waits to be asked, in this session or the next."""
+        return {ask.share for ask in chain(self._sent, self._turns)}
 
     # --- callers that die ----------------------------------------------------------------------------
 

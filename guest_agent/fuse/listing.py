@@ -1,158 +1,333 @@
-"""Directory streams: what the kernel reads page by page, from pieces that the host sends.
+"""Directory streams, and names looked up, from what is in memory (``directories``) or from the host.
 
-A piece (``protocol.files.Listing``) holds thousands of records that are in FUSE's own layout, so a page is a
-slice of it, cut between two records. A record's ``off`` is where the stream goes on after it, for whoever
-knows it: a stream that this process has never heard of (it was opened before a restart), or whose piece
-was dropped, or that was rewound, is read from the host again.
+OPENDIR is ENOSYS: no message opens or closes a directory, and its streams have no handle. What is kept is kept by
+directory, and all who read it share it, wherever each of them is. Whoever begins (offset 0) reads what is promised; of
+what is not it has the directory listed afresh, for itself and for all. A stream that finds nothing to go on with (of
+before a restart, long ago, dropped) asks the host from its offset: that is a hash of a name, which always has a place.
 
-The law: what all streams hold is bounded by ``MAX_HELD``; one piece each, and none once it is read.
+The kernel keeps the pages of a listing, and for a directory opened without a message nobody tells it how long. The
+laws, from fs/fuse/readdir.c:
+- It reads from those pages only when some stream has come to an empty reply. If anything that this one or another
+  had been given was not promised, the pages are dropped *before* that reply, so that nothing is ever read from them.
+  (After it there would be some ms in which it is. A drop takes page locks, which nobody holds who waits for a page.)
+- ``Changed`` drops them behind a barrier, for a first page may be on its way and not be in them yet. From a listing
+  of before that nothing may be given any more: another stream may have begun to fill them anew, up to the same offset.
+- A stream that is read across a drop leaves pages with a hole. Whoever begins finds it, and asks here: right, but the
+  kernel fills them again only when some stream is read from where the hole ends.
+
+Whoever reads a directory is given names. Nodes and attributes of files, which cost the host ten times as much, come
+with the first name that is looked up in it (find(1) wants none, ls(1) all of them): then that directory is listed once
+more, and from then on all of them whole, until nobody has read one for ``WHOLE``.
+
+Who needs what is asked for already waits for that (``_Coming``), unless it gets a signal: then it asks for itself, so
+that it can be let go like any other (``host``).
 """
 
 from __future__ import annotations
 
 import errno
-import logging
-import struct
+import time
 from collections import OrderedDict
-from typing import Final, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Final, Protocol
 
+from guest_agent.fuse.ahead import Ahead, Interest
+from guest_agent.fuse.arrival import Arrival
+from guest_agent.fuse.directories import Directories
 from guest_agent.fuse.host import Ask
-from protocol.files import DIRENT, List, Listing
+from guest_agent.fuse.operation import Resume, Wait, start
+from guest_agent.fuse.pieces import Piece
+from protocol.files import ATTR, DIRENT, ENTRY, NAME, ListEntries, Listing
 
-log = logging.getLogger(__name__)
+WHOLE: Final = 2.0
+"""Seconds after somebody wanted more than names of a directory."""
 
-MAX_HELD: Final = 16 << 20
-"""Bytes of pieces. Streams beyond that, least recently read first, ask the host once more."""
-MAX_STREAMS: Final = 4096
-"""Streams that are remembered; as above."""
+MAX_LOOSE: Final = 65_536
+"""Directories whose pages in the kernel are known to hold what was not promised. Beyond that they are dropped early."""
 
 _DIRECTORY: Final = 4
 """DT_DIR."""
 _UNKNOWN_INODE: Final = 0xFFFFFFFF
 """What libfuse shows for names whose inode number is not known (FUSE_UNKNOWN_INO)."""
 _SELF_OFF, _PARENT_OFF = 1, 2
-_PARENT = DIRENT.pack(_UNKNOWN_INODE, _PARENT_OFF, 2, _DIRECTORY) + b"..\0\0\0\0\0\0"
-_DOTS = {
-    0: DIRENT.pack(_UNKNOWN_INODE, _SELF_OFF, 1, _DIRECTORY) + b".\0\0\0\0\0\0\0" + _PARENT,
-    _SELF_OFF: _PARENT,
-}
+_NOTHING_KNOWN = bytes(ENTRY.size + ATTR.size)
+_SELF = _NOTHING_KNOWN + DIRENT.pack(_UNKNOWN_INODE, _SELF_OFF, 1, _DIRECTORY) + b".\0\0\0\0\0\0\0"
+_PARENT = _NOTHING_KNOWN + DIRENT.pack(_UNKNOWN_INODE, _PARENT_OFF, 2, _DIRECTORY) + b"..\0\0\0\0\0\0"
+_DOTS = {0: _SELF + _PARENT, _SELF_OFF: _PARENT}
 """``.`` and ``..``, which the host does not list and programs expect, by the offset they are read at. Their own
 offsets are no names' (hashes of 62 bits)."""
 
-_OFF = struct.Struct("<8xQ")
-_NAME_LENGTH = struct.Struct("<16xI")
+
+class Drop(Protocol):
+    """The kernel's pages of a node are being dropped."""
+
+    def __await__(self) -> Generator[Wait, Any, None]: ...
+
+    def begin(self, resume: Resume) -> None: ...
 
 
 class Asker(Protocol):
-    def ask(self, call: List) -> Ask[Listing]: ...
+    """The host."""
+
+    caller: int
+
+    def ask(self, call: ListEntries) -> Ask[Listing]: ...
 
 
-class Stream:
-    """Where one open directory is: the records of ``piece`` from byte ``position`` follow offset ``off``."""
+class Mount(Protocol):
+    """Of ``volume.Volume``, what is needed here."""
 
-    __slots__ = ("end", "off", "piece", "position")
+    share: int
+    uniques: Iterator[int]
 
-    def __init__(self) -> None:
-        self.piece = b""
-        self.position = 0
-        self.off = -1
-        self.end = False
+    @property
+    def is_alone(self) -> bool:
+        """Whether anything is promised at all."""
 
-    def seek(self, off: int) -> bool:
-        """Go to just after the record of ``off``; False if it is not known here where that is."""
-        if off == self.off:
-            return self.position < len(self.piece) or self.end
-        self.off = -1
-        position = 0
-        while position < len(self.piece):
-            here = _OFF.unpack_from(self.piece, position)[0]
-            position = _next(self.piece, position)
-            if here == off:
-                self.position, self.off = position, off
-                return position < len(self.piece) or self.end
-        return False
+    def drop(self, node: int) -> Drop: ...
 
-    def fill(self, off: int, piece: bytes, end: bool) -> None:
-        self.piece, self.position, self.off, self.end = piece, 0, off, end
+    def give_back(self, nodes: Sequence[int]) -> None:
+        """One lookup of each."""
 
-    def take(self, size: int) -> bytes:
-        """The next whole records, ``size`` bytes at most."""
-        piece, start = self.piece, self.position
-        stop = last = start
-        most = min(len(piece), start + size)
-        while stop < most and (following := _next(piece, stop)) <= most:
-            last, stop = stop, following
-        if stop > start:
-            self.off = _OFF.unpack_from(piece, last)[0]
-            self.position = stop
-        return piece[start:stop]
-
-    def drop_read(self) -> int:
-        """Let go of a piece that has been read; returns the bytes that are still held."""
-        if self.position >= len(self.piece):
-            self.piece, self.position = b"", 0
-        return len(self.piece)
+    def doubtful(self, nodes: Sequence[int]) -> Sequence[int]:
+        """Those of which nothing may be promised just now."""
 
 
-def _next(piece: bytes, position: int) -> int:
-    """Where the record after the one at ``position`` begins. Raises ``struct.error`` for half a record."""
-    length: int = _NAME_LENGTH.unpack_from(piece, position)[0]
-    return position + (24 + length + 7 & ~7)
+class _Coming(Arrival):
+    """A piece of a directory that was asked for."""
+
+    __slots__ = ("after", "spoiled")
+
+    def __init__(self, after: int, host: Asker) -> None:
+        super().__init__(host)
+        self.after = after
+        self.spoiled = False
+        """The host's promise may have ended without a word."""
+
+
+class _Nobody:
+    """Who waits for a listing ahead."""
+
+    def reply(self, unique: int, *buffers: bytes | bytearray | memoryview) -> None: ...
+
+    def fail(self, unique: int, error: int) -> None: ...
 
 
 class Listings:
-    """The directory streams of one share."""
+    """The directory streams of one share, on one mount."""
 
-    def __init__(self, host: Asker, share: int, first_handle: int) -> None:
-        """``first_handle``: not in the range of a predecessor, whose streams are still open in the kernel."""
+    def __init__(
+        self,
+        mount: Mount,
+        host: Asker,
+        *,
+        inherited: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``inherited``: the mount is a predecessor's, and what that one put into the kernel's pages is not known."""
+        self._mount = mount
         self._host = host
-        self._share = share
-        self._next_handle = first_handle
-        self._streams: OrderedDict[int, Stream] = OrderedDict()
-        self._sizes: dict[int, int] = {}
-        self._held = 0
+        self._inherited = inherited
+        self.directories = Directories(self._give_back, mount.doubtful)
+        self._coming: dict[int, _Coming] = {}
+        """By directory; of one that was asked for twice at a time, the first."""
+        self._ahead = Ahead(self.directories.sorted_by_name)
+        self._interest = Interest()
+        self._clock = clock
+        self._whole_until = 0.0
+        """Until when directories are listed with nodes and attributes of all names."""
+        self._loose: OrderedDict[int, None] = OrderedDict()
+        """Directories of whose pages in the kernel some were not promised."""
+        self._dropped: set[int] = set()
+        """Of an inherited mount, the directories whose pages have been dropped since."""
 
-    @property
-    def held(self) -> int:
-        """Bytes of pieces in memory."""
-        return self._held
+    # --- what the kernel asks --------------------------------------------------------------------------
 
-    def open(self) -> int:
-        """A new stream's handle."""
-        self._next_handle += 1
-        return self._next_handle
-
-    def close(self, handle: int) -> None:
-        self._streams.pop(handle, None)
-        self._held -= self._sizes.pop(handle, 0)
-
-    async def read(self, unique: int, node: int, handle: int, off: int, size: int) -> bytes:
+    async def read(self, unique: int, node: int, off: int, size: int) -> bytes:
         """Whole records after ``off``, at least one unless there are none, and at most ``size`` bytes."""
         dots = _DOTS.get(off, b"")
-        after = 0 if off <= _PARENT_OFF else off
-        stream = self._streams.get(handle)
-        if stream is None:
-            stream = self._streams[handle] = Stream()
-        if off == 0 or not stream.seek(after):
-            await self._fetch(stream, unique, node, handle, after)
-        records = stream.take(size - len(dots))
-        if stream.piece and not records and stream.position < len(stream.piece):
-            raise OSError(errno.EIO, "half a record")
-        self._account(handle, stream)
+        if not off:
+            self._visited(node, reading=True)
+        piece, index = await self._find(unique, node, off)
+        records = self.directories.page(piece, index, size - len(dots))
+        if dots or records:
+            if not piece.bare:
+                self._go_on_whole()
+            if not piece.promised:
+                self._loosen(node)
+        else:
+            await self._finish(node, piece)
         return dots + records
 
-    async def _fetch(self, stream: Stream, unique: int, node: int, handle: int, after: int) -> None:
-        ask = self._host.ask(List(self._share, unique, node, handle, after))
-        listing = await ask
-        stream.fill(after, ask.received[: listing.dirents], listing.end or not listing.dirents)
+    def lookup(self, node: int, name: bytes) -> bytes | None:
+        """What is known of a name, as ``Directories.lookup``."""
+        self._visited(node, reading=False)
+        return self.directories.lookup(node, name)
 
-    def _account(self, handle: int, stream: Stream) -> None:
-        """Keep the books, and within the limits."""
-        if self._streams.get(handle) is not stream:
-            return  # closed while it was read
-        self._streams.move_to_end(handle)
-        size = stream.drop_read()
-        self._held += size - self._sizes.get(handle, 0)
-        self._sizes[handle] = size
-        while (self._held > MAX_HELD or len(self._streams) > MAX_STREAMS) and len(self._streams) > 1:
-            self.close(next(iter(self._streams)))
+    def is_coming(self, node: int) -> bool:
+        """Whether ``wait`` may help, where nothing is known of a name."""
+        return node in self._coming
+
+    async def wait(self, unique: int, node: int) -> None:
+        """Until what was asked for of a directory is here, or a signal has come to the caller of request ``unique``."""
+        if (coming := self._coming.get(node)) is not None:
+            await coming.until(unique)
+
+    def asked(self, node: int, name: bytes) -> bool:
+        """The host is to be asked for a name: whether it is better to ``wait`` for the whole directory."""
+        is_wanted = self._interest.asked(node)
+        is_next = self._interest.is_new(node) and (
+            self.directories.is_bare(node, name)
+            or (node not in self.directories and self._ahead.is_walking(node))
+        )
+        if (is_wanted or is_next) and node not in self._coming and self._mount.is_alone:
+            self._whole_until = self._clock() + WHOLE
+            self._list_ahead(node, self.directories.gap(node, name))
+            return is_next
+        return False
+
+    def interrupt(self, unique: int) -> None:
+        """The caller of request ``unique`` has had a signal."""
+        for coming in self._coming.values():
+            coming.leave(unique)
+
+    # --- what changes ----------------------------------------------------------------------------------
+
+    def made(self, node: int) -> None:
+        """The guest itself has just made this directory, and the host has promised that there is nothing in it."""
+        asked = self.directories.begin()
+        try:
+            self.directories.keep(node, Piece(0, asked, Listing(0, True, NAME), b""))
+        finally:
+            self.directories.end()
+
+    def forgotten(self, nodes: Sequence[int]) -> None:
+        """The kernel has forgotten them."""
+        self.directories.forgotten(nodes)
+        self._spoil(nodes)
+
+    def void(self) -> None:
+        """Nothing is promised any more."""
+        self.directories.drop_all()
+        for coming in list(self._coming.values()):
+            coming.end()
+
+    def _give_back(self, nodes: Sequence[int]) -> None:
+        self._mount.give_back(nodes)
+        self._spoil(nodes)
+
+    def _spoil(self, nodes: Sequence[int]) -> None:
+        if self._coming:
+            for node in self._coming.keys() & nodes:
+                self._coming[node].spoiled = True
+
+    # --- pieces ----------------------------------------------------------------------------------------
+
+    async def _find(self, unique: int, node: int, off: int) -> tuple[Piece, int]:
+        after = 0 if off <= _PARENT_OFF else off
+        found = self._here(node, off, after)
+        if found is None and (coming := self._coming.get(node)) is not None and coming.after == after:
+            await coming.until(unique)
+            found = self._here(node, off, after)
+        if found is None:
+            piece = await self._fetch(unique, node, after, bare=self._is_bare())
+            if piece.promised:
+                self._go_ahead()
+            return piece, 0
+        return found
+
+    def _here(self, node: int, off: int, after: int) -> tuple[Piece, int] | None:
+        if off or self.directories.is_listable(node):
+            return self.directories.find(node, after)
+        return None
+
+    def _is_bare(self) -> bool:
+        """Whether names will do: nobody is known to want more."""
+        return self._clock() >= self._whole_until
+
+    def _go_on_whole(self) -> None:
+        if not self._is_bare():
+            self._whole_until = self._clock() + WHOLE
+
+    async def _fetch(self, unique: int, node: int, after: int, *, bare: bool) -> Piece:
+        mine = _Coming(after, self._host)
+        coming = self._coming.setdefault(node, mine)
+        asked = self.directories.begin()
+        try:
+            call = ListEntries(self._mount.share, unique, node, after, bare)
+            listing = await (ask := self._host.ask(call))
+            piece = Piece(after, asked, listing, ask.received, bare=bare)
+            self._take(node, piece, mine)
+        finally:
+            self.directories.end()
+            if coming is mine:
+                del self._coming[node]
+                mine.end()
+        if ask.unheard:
+            raise OSError(
+                errno.EINTR, ""
+            )  # the kernel has that answer already: nothing may be given with another
+        return piece
+
+    def _take(self, node: int, piece: Piece, coming: _Coming) -> None:
+        if coming.spoiled or not self._mount.is_alone:
+            self.directories.disbelieve(piece)
+        is_news = self.directories.keep(node, piece)
+        if piece.bare:
+            self._interest.begin(node)
+        else:
+            # Of names without a node each is asked for, however often they are listed: a quarter of them is too many.
+            helps = piece.promised and is_news and 4 * piece.nodes.count(0) <= len(piece.nodes)
+            self._interest.listed(node, len(piece.given), helps=helps)
+        if piece.promised:
+            self._ahead.listed(node, piece.directories, first=not piece.after)
+
+    # --- ahead -----------------------------------------------------------------------------------------
+
+    def _visited(self, node: int, *, reading: bool) -> None:
+        if self._ahead.visited(node, reading=reading):
+            self._go_ahead()
+
+    def _go_ahead(self) -> None:
+        while (node := self._ahead.next()) is not None:
+            if node in self._coming or node in self.directories:
+                self._ahead.failed(node)
+            else:
+                self._list_ahead(node, 0, bare=self._is_bare())
+
+    def _list_ahead(self, node: int, after: int, *, bare: bool = False) -> None:
+        start(self._fetch_ahead(node, after, bare), _Nobody(), 0)
+
+    async def _fetch_ahead(self, node: int, after: int, bare: bool) -> bytes:
+        try:
+            piece = await self._fetch(next(self._mount.uniques), node, after, bare=bare)
+            if not piece.promised:
+                self._ahead.failed(node)
+        except OSError:
+            self._ahead.failed(node)
+        self._go_ahead()
+        return b""
+
+    # --- the pages that the kernel keeps ---------------------------------------------------------------
+
+    def _loosen(self, node: int) -> None:
+        self._loose[node] = None
+        if len(self._loose) > MAX_LOOSE:
+            oldest, _ = self._loose.popitem(last=False)
+            self._mount.drop(oldest).begin(_nothing)
+
+    async def _finish(self, node: int, piece: Piece) -> None:
+        """A stream of ``node`` is at its end: the kernel is about to believe in its pages."""
+        if not piece.promised:
+            self.directories.drop(node)
+        while node in self._loose or (self._inherited and node not in self._dropped):
+            self._loose.pop(node, None)
+            if self._inherited:
+                if len(self._dropped) >= MAX_LOOSE:
+                    self._dropped.clear()
+                self._dropped.add(node)
+            await self._mount.drop(node)
+
+
+def _nothing(_: object) -> None:
+    pass

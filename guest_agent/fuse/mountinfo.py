@@ -74,6 +74,11 @@ def mounted_shares(mounts: Iterable[Mount]) -> list[Mount]:
     return [mount for mount in mounts if mount.share is not None]
 
 
+def is_of(mount: Mount, device: int) -> bool:
+    """Whether ``mount`` shows the superblock ``device`` of ours, or a part of it."""
+    return mount.kind == FILE_SYSTEM and mount.device == device
+
+
 def is_below(path: str, directory: str) -> bool:
     """Whether ``path`` is inside of ``directory``, by its name."""
     return path.startswith(directory.rstrip("/") + "/") and path.rstrip("/") != directory.rstrip("/")

@@ -44,11 +44,13 @@ READ_AHEAD = 1 << 20
 """Bytes that the kernel reads ahead of a program that reads in order: the most that one READ asks for, so that a large
 file costs one message for each. Its own 128 KiB are made for disks that answer within 0.1 ms."""
 
-SYS_OPEN_TREE, SYS_MOVE_MOUNT = 428, 429
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSCONFIG, SYS_FSPICK = 428, 429, 431, 433
 """On all architectures, as every system call since Linux 5.0; the C library has had them since glibc 2.36 only."""
 AT_FDCWD, AT_SYMLINK_NOFOLLOW, AT_RECURSIVE = -100, 0x100, 0x8000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_SYMLINKS = 0x4, 0x10
+FSPICK_CLOEXEC, FSPICK_NO_AUTOMOUNT = 1, 4
+FSCONFIG_CMD_RECONFIGURE = 7
 
 CHILD_TIMEOUT = 60.0
 """Seconds for a mount inside of another share: twice as long as that one waits for an absent host."""
@@ -282,6 +284,30 @@ def _mode(read_only: bool) -> str:
     return "ro" if read_only else "rw"
 
 
+# --- forgetting --------------------------------------------------------------------------------------------
+
+
+def purge(path: str) -> None:
+    """Have the kernel drop every name below the mount at ``path`` that nobody uses, and all those that are not there.
+
+    That is a part of each change of a superblock's settings (reconfigure_super, fs/super.c), also where nothing is
+    changed. Not by mount(2), which would change the mount's own flags as well. It writes dirty pages first, so it waits
+    for this very process: in a child. Raises ``MountError``.
+    """
+    _in_child([], "purge", path)
+
+
+def _purge_here(path: str) -> None:
+    try:
+        context = _fspick(path)
+        try:
+            _reconfigure(context)
+        finally:
+            os.close(context)
+    except OSError as error:
+        raise MountError(f"{path} cannot be purged: {error.strerror}") from error
+
+
 # --- system calls ----------------------------------------------------------------------------------------
 
 _libc = ctypes.CDLL(None, use_errno=True)  # calls through it let other threads run
@@ -312,6 +338,23 @@ def _move_mount(tree: int, target: str) -> None:
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_SYMLINKS
     source, destination = (ctypes.c_int(tree), b""), (ctypes.c_int(AT_FDCWD), os.fsencode(target))
     if _libc.syscall(ctypes.c_long(SYS_MOVE_MOUNT), *source, *destination, ctypes.c_uint(flags)):
+        raise _os_error()
+
+
+def _fspick(path: str) -> int:
+    flags = FSPICK_CLOEXEC | FSPICK_NO_AUTOMOUNT
+    context: int = _libc.syscall(
+        ctypes.c_long(SYS_FSPICK), ctypes.c_int(AT_FDCWD), os.fsencode(path), ctypes.c_uint(flags)
+    )
+    if context < 0:
+        raise _os_error()
+    return context
+
+
+def _reconfigure(context: int) -> None:
+    nothing = (None, None, ctypes.c_int(0))
+    command = ctypes.c_uint(FSCONFIG_CMD_RECONFIGURE)
+    if _libc.syscall(ctypes.c_long(SYS_FSCONFIG), ctypes.c_int(context), command, *nothing):
         raise _os_error()
 
 
@@ -352,7 +395,8 @@ def _in_child(fds: list[int], *arguments: str) -> None:
     except subprocess.TimeoutExpired:
         child.kill()  # and no wait for its end: it may take as long as the answer it waits for
         child.stderr.close()
-        raise MountError(f"{arguments[-2]}: the share around it does not answer") from None
+        path = next(argument for argument in arguments if argument.startswith("/"))
+        raise MountError(f"{path}: the share around it does not answer") from None
     if child.returncode == _BUSY:
         raise _Busy
     if child.returncode:
@@ -360,8 +404,8 @@ def _in_child(fds: list[int], *arguments: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """``mount FD SHARE PATH ro|rw``, ``unmount PATH lazy|force``, ``detach PATH SOCKET``, ``attach FD PATH ro|rw``
-    or ``mode PATH ro|rw``."""
+    """``mount FD SHARE PATH ro|rw``, ``unmount PATH lazy|force``, ``detach PATH SOCKET``, ``attach FD PATH ro|rw``,
+    ``mode PATH ro|rw`` or ``purge PATH``."""
     try:
         match arguments:
             case ["mount", fd, share, path, mode]:
@@ -373,6 +417,8 @@ def main(arguments: list[str]) -> int:
                     os.close(_detach_here(path, kept))
             case ["attach", tree, path, mode]:
                 _attach_here(int(tree), path, mode == "ro")
+            case ["purge", path]:
+                _purge_here(path)
             case ["mode", path, mode]:
                 return 0 if _change_mode_here(path, mode == "ro") else _BUSY
             case _:

@@ -9,6 +9,7 @@ The laws:
 - The descriptor of each mount is in systemd's store for as long as the mount is there. Only its end, or this
   agent's orderly one, takes it out: whatever else ends this process, a successor goes on.
 - A path may lead through a share of ours. Mounting is a worker thread's work, while this one serves.
+- What a predecessor promised of names that are not there nobody knows: with its connection comes a purge.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from guest_agent.fuse.mounting import MountError, MountSpec
 from guest_agent.fuse.notifier import Notifiers
 from guest_agent.fuse.operation import Timers
 from guest_agent.fuse.volume import SALT_BITS, Volume
-from protocol.files import MountReport, MountStage, NamesGone, Share
+from protocol.files import Changed, MountReport, MountStage, NamesGone, Renewed, Share
 from protocol.lane import Lane
 
 log = logging.getLogger(__name__)
@@ -46,14 +47,18 @@ log = logging.getLogger(__name__)
 INIT_TIMEOUT = 30.0
 """Seconds for the kernel to say hello on a new mount; it takes a millisecond."""
 
+PURGE_AGAIN = 5.0
+"""Seconds until a purge that failed is tried again; it does while the host is away and pages are to be written."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mounted:
-    """A mount that is served. ``salt``: see ``volume``."""
+    """A mount that is served. ``salt``: see ``volume``. ``inherited`` from a predecessor, who served it before."""
 
     share: Share
     connection: Connection
     salt: int
+    inherited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,8 @@ class Mounts:
         self._current: dict[int, Mounted] = {}
         self._volumes: defaultdict[int, set[Volume]] = defaultdict(set)
         """By share: more than one while a mount that was taken off is still in use."""
+        self._serving: Counter[int] = Counter()
+        """By share, the connections that are, or are about to be."""
         self._failed: dict[str, str] = {}
         """Why the last attempt failed, by path."""
         self._arranging = trio.Lock()
@@ -133,7 +140,7 @@ class Mounts:
 
     def adopt(self, descriptors: Iterable[StoredDescriptor]) -> None:
         """Go on serving what was served by an agent that was killed. Takes the descriptors."""
-        mounts = mountinfo.mounted_shares(mountinfo.read_mounts())
+        mounts = mountinfo.read_mounts()
         for descriptor in descriptors:
             if (parsed := parse_stored_name(descriptor.name)) is not None:
                 self._adopt(descriptor.fd, parsed, mounts)
@@ -144,17 +151,35 @@ class Mounts:
                 fdstore.remove(descriptor.name)
 
     def _adopt(self, fd: int, kept: Stored, mounts: list[Mount]) -> None:
-        stored, here = kept.connection, made_by_us(kept, mounts)
+        stored, here = kept.connection, made_by_us(kept, mountinfo.mounted_shares(mounts))
         path, read_only = (here.path, here.read_only) if here else ("", False)
         share = Share(stored.share, path, read_only, stored.host_locks)
         negotiated = Negotiated(stored.minor, stored.flags) if stored.minor else None
         connection = Connection.adopt(fd, _spec(share), negotiated, stored.device)
-        mounted = Mounted(share, connection, kept.salt)
+        mounted = Mounted(share, connection, kept.salt, inherited=True)
         if here:
             self._current[share.id] = mounted
-        self._nursery.start_soon(self._serve, mounted)
+        self._start(mounted)
+        self._nursery.start_soon(self._purge, mounted)
         connection.resend()
         log.info("mounts.adopted share=%d path=%s", share.id, path or "(unmounted, in use)")
+
+    async def _purge(self, mounted: Mounted) -> None:
+        """Where it is mounted, or a part of it is, for a container. (One that is in use and mounted nowhere is beyond
+        reach; whoever has a directory of it open may go on missing a name.)"""
+        connection = mounted.connection
+        while connection.fd >= 0:
+            mounts = mountinfo.read_mounts()
+            paths = (mount.path for mount in mounts if mountinfo.is_of(mount, connection.device))
+            if (path := next(paths, None)) is None:
+                break
+            try:
+                await trio.to_thread.run_sync(mounting.purge, path)
+                log.info("mounts.purged share=%d path=%s", mounted.share.id, path)
+                break
+            except MountError as error:
+                log.warning("mounts.purge share=%d path=%s error=%s", mounted.share.id, path, error)
+            await trio.sleep(PURGE_AGAIN)
 
     # --- what the host wants -------------------------------------------------------------------------
 
@@ -269,7 +294,7 @@ class Mounts:
         """Raises ``MountError``, and ``OSError`` if there is no /dev/fuse."""
         connection = await trio.to_thread.run_sync(_mount_afresh, _spec(share))
         mounted = self._current[share.id] = Mounted(share, connection, random.getrandbits(SALT_BITS))
-        self._nursery.start_soon(self._serve, mounted)
+        self._start(mounted)
         with trio.move_on_after(INIT_TIMEOUT):
             await connection.initialized.wait()
             mounting.read_ahead(connection.device)
@@ -293,7 +318,32 @@ class Mounts:
             for parent, name in zip(notice.parents, notice.names, strict=False):
                 volume.drop_name(parent, name)
 
+    def take_back(self, changed: Changed) -> None:
+        """What the host has promised does not hold any more. Raises ``RemoteProtocolError`` if it says too much."""
+        for volume in self._volumes.get(changed.share, ()):
+            volume.take_back(changed)
+
+    def renew(self, renewed: Renewed) -> None:
+        """How something is that has changed."""
+        for volume in self._volumes.get(renewed.share, ()):
+            volume.renew(renewed)
+
+    def void_promises(self) -> None:
+        """The session in which they were made has ended."""
+        for volumes in self._volumes.values():
+            for volume in volumes:
+                volume.void()
+
     # --- serving -------------------------------------------------------------------------------------
+
+    @property
+    def in_use(self) -> set[int]:
+        """The shares of which the kernel may know anything: of what is neither mounted nor used nothing is left."""
+        return set(self._serving)
+
+    def _start(self, mounted: Mounted) -> None:
+        self._serving[mounted.share.id] += 1
+        self._nursery.start_soon(self._serve, mounted)
 
     async def _serve(self, mounted: Mounted) -> None:
         share, connection = mounted.share, mounted.connection
@@ -307,6 +357,7 @@ class Mounts:
             salt=mounted.salt,
             host_locks=share.host_locks,
             volumes=volumes,
+            inherited=mounted.inherited,
         )
         try:
             await self._answer(connection, volume)
@@ -315,7 +366,10 @@ class Mounts:
         else:
             log.info("mounts.ended share=%d path=%s", share.id, share.path)
         finally:
+            volume.void()
             volumes.discard(volume)
+            self._serving[share.id] -= 1
+            self._serving += Counter()  # without those of which there are none
             self._notifiers.detach(notifier)
             connection.close()
         fdstore.remove(stored_name(mounted))

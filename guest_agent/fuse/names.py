@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Opcode, Request
+from guest_agent.fuse.directories import NameChange
 from guest_agent.fuse.volume import Volume
 from protocol.files import (
+    NAME,
     Create,
     CreateUnnamed,
     Entry,
+    FileCall,
     Lookup,
     MakeDirectory,
     MakeLink,
@@ -26,20 +30,37 @@ from protocol.files import (
 
 
 async def lookup(volume: Volume, request: Request) -> bytes:
-    name = bodies.parse_name(request.body)
-    return await volume.entry_out(Lookup(volume.share, request.unique ^ volume.salt, request.nodeid, name))
+    directory, name = request.nodeid, bodies.parse_name(request.body)
+    unique = request.unique ^ volume.salt
+    if (found := volume.renewed(directory, name)) is None:
+        found = volume.listings.lookup(directory, name)
+    if found is None and volume.listings.is_coming(directory):
+        await volume.listings.wait(unique, directory)
+        found = volume.listings.lookup(directory, name)
+    if found is None and volume.listings.asked(directory, name):
+        await volume.listings.wait(unique, directory)
+        found = volume.listings.lookup(directory, name)
+    if found is None:
+        found = await volume.entry_out(Lookup(volume.share, unique, directory, name), request.pid)
+    return found or volume.absent_out(directory, name)
 
 
 def forget(volume: Volume, request: Request) -> None:
-    volume.written.discard(request.nodeid)
-    volume.adrift.discard(request.nodeid)
+    _forgotten(volume, (request.nodeid,))
     volume.forgets.add(request.nodeid, bodies.parse_forget(request.body))
+
+
+def _forgotten(volume: Volume, nodes: Sequence[int]) -> None:
+    """Nothing that is kept for the kernel's sake is of use any more."""
+    volume.listings.forgotten(nodes)
+    volume.xattrs.drop(nodes)
+    volume.adrift.difference_update(nodes)
+    volume.unlearned.difference_update(nodes)
 
 
 def batch_forget(volume: Volume, request: Request) -> None:
     nodes, counts = bodies.parse_batch_forget(request.body)
-    volume.written.difference_update(nodes)
-    volume.adrift.difference_update(nodes)
+    _forgotten(volume, nodes)
     for node, count in zip(nodes, counts, strict=True):
         volume.forgets.add(node, count)
 
@@ -47,36 +68,54 @@ def batch_forget(volume: Volume, request: Request) -> None:
 async def symlink(volume: Volume, request: Request) -> bytes:
     name, target = bodies.parse_symlink(request.body)
     unique = request.unique ^ volume.salt
-    return await volume.entry_out(MakeSymlink(volume.share, unique, request.nodeid, name, target))
+    call = MakeSymlink(volume.share, unique, request.nodeid, name, target)
+    return await _made(volume, call, request.nodeid, name)
 
 
 async def mknod(volume: Volume, request: Request) -> bytes:
     mode, _rdev, _umask, name = bodies.parse_mknod(request.body)
     unique = request.unique ^ volume.salt
-    return await volume.entry_out(MakeNode(volume.share, unique, request.nodeid, name, mode))
+    call = MakeNode(volume.share, unique, request.nodeid, name, mode)
+    return await _made(volume, call, request.nodeid, name)
 
 
 async def mkdir(volume: Volume, request: Request) -> bytes:
     mode, _umask, name = bodies.parse_mkdir(request.body)
     unique = request.unique ^ volume.salt
-    return await volume.entry_out(MakeDirectory(volume.share, unique, request.nodeid, name, mode))
+    call = MakeDirectory(volume.share, unique, request.nodeid, name, mode)
+    return await _made(volume, call, request.nodeid, name)
 
 
 async def link(volume: Volume, request: Request) -> bytes:
     node, name = bodies.parse_link(request.body)
     unique = request.unique ^ volume.salt
-    return await volume.entry_out(MakeLink(volume.share, unique, node, request.nodeid, name))
+    entry = await volume.made(
+        MakeLink(volume.share, unique, node, request.nodeid, name), request.nodeid, name
+    )
+    volume.data_changed(node)
+    # The kernel takes these attributes whatever it has been told since they were asked for, and holds no lock
+    # meanwhile of the directory that the node is known by.
+    valid = volume.valid(entry.node, entry.attr, entry.promise & NAME)
+    return bodies.entry_out(entry.node, entry.attr, valid)
+
+
+async def _made(volume: Volume, call: FileCall[Entry], directory: int, name: bytes) -> bytes:
+    entry = await volume.made(call, directory, name)
+    return bodies.entry_out(entry.node, entry.attr, volume.valid(entry.node, entry.attr, entry.promise))
 
 
 async def unlink(volume: Volume, request: Request) -> bytes:
     name = bodies.parse_name(request.body)
-    await volume.host.ask(Unlink(volume.share, request.unique ^ volume.salt, request.nodeid, name))
+    removed = await volume.host.ask(Unlink(volume.share, request.unique ^ volume.salt, request.nodeid, name))
+    volume.name_changed(request.nodeid, name, removed.above, NameChange.UNLINKED)
     return b""
 
 
 async def rmdir(volume: Volume, request: Request) -> bytes:
     name = bodies.parse_name(request.body)
-    await volume.host.ask(RemoveDirectory(volume.share, request.unique ^ volume.salt, request.nodeid, name))
+    call = RemoveDirectory(volume.share, request.unique ^ volume.salt, request.nodeid, name)
+    removed = await volume.host.ask(call)
+    volume.name_changed(request.nodeid, name, removed.above, NameChange.MOVED)
     return b""
 
 
@@ -84,29 +123,32 @@ async def rename(volume: Volume, request: Request) -> bytes:
     parse = bodies.parse_rename if request.opcode == Opcode.RENAME else bodies.parse_rename2
     parent, flags, name, new_name = parse(request.body)
     unique = request.unique ^ volume.salt
-    await volume.host.ask(Rename(volume.share, unique, request.nodeid, name, parent, new_name, flags))
+    call = Rename(volume.share, unique, request.nodeid, name, parent, new_name, flags)
+    volume.renamed((request.nodeid, name), (parent, new_name), await volume.host.ask(call))
     return b""
 
 
 async def create(volume: Volume, request: Request) -> bytes:
     flags, mode, _umask, _kill, name = bodies.parse_create(request.body)
     unique = request.unique ^ volume.salt
-    entry = await volume.entry(Create(volume.share, unique, request.nodeid, name, mode, flags))
+    call = Create(volume.share, unique, request.nodeid, name, mode, flags)
+    entry = await volume.made(call, request.nodeid, name)
     return await _created(volume, entry, unique, flags)
 
 
 async def tmpfile(volume: Volume, request: Request) -> bytes:
     flags, mode, _umask, _kill, _name = bodies.parse_create(request.body)
     unique = request.unique ^ volume.salt
-    entry = await volume.entry(CreateUnnamed(volume.share, unique, request.nodeid, mode, flags))
+    entry = await volume.host.ask(CreateUnnamed(volume.share, unique, request.nodeid, mode, flags))
     return await _created(volume, entry, unique, flags)
 
 
 async def _created(volume: Volume, entry: Entry, unique: int, flags: int) -> bytes:
     """The reply to whatever makes and opens. Handle 0: there is none, as after an open(2) that was not asked."""
-    volume.written.add(entry.node)
+    volume.data_changed(entry.node)
+    valid = volume.valid(entry.node, entry.attr, entry.promise)
     if not volume.host_locks:
-        return bodies.create_out(entry.node, entry.attr, 0, bodies.FOPEN_KEEP_CACHE)
+        return bodies.create_out(entry.node, entry.attr, 0, bodies.FOPEN_KEEP_CACHE, valid)
     try:
         # Requests have even numbers (FUSE_REQ_ID_STEP is 2), so the next one up is free.
         call = OpenForLocks(volume.share, unique | 1, entry.node, flags & os.O_ACCMODE)
@@ -114,7 +156,7 @@ async def _created(volume: Volume, entry: Entry, unique: int, flags: int) -> byt
     except OSError:
         volume.forgets.add(entry.node, 1)
         raise
-    return bodies.create_out(entry.node, entry.attr, opened.handle, bodies.FOPEN_KEEP_CACHE)
+    return bodies.create_out(entry.node, entry.attr, opened.handle, bodies.FOPEN_KEEP_CACHE, valid)
 
 
 async def readlink(volume: Volume, request: Request) -> bytes:
@@ -122,19 +164,9 @@ async def readlink(volume: Volume, request: Request) -> bytes:
     return content.data
 
 
-def opendir(volume: Volume, request: Request) -> bytes:
-    return bodies.open_out(volume.listings.open())
-
-
-async def readdir(volume: Volume, request: Request) -> bytes:
-    handle, offset, size, *_ = bodies.parse_read(request.body)
-    unique = request.unique ^ volume.salt
-    return await volume.listings.read(unique, request.nodeid, handle, offset, size)
-
-
-def releasedir(volume: Volume, request: Request) -> bytes:
-    volume.listings.close(bodies.parse_release(request.body)[0])
-    return b""
+async def readdirplus(volume: Volume, request: Request) -> bytes:
+    _fh, offset, size, *_ = bodies.parse_read(request.body)
+    return await volume.listings.read(request.unique ^ volume.salt, request.nodeid, offset, size)
 
 
 async def fsync(volume: Volume, request: Request) -> bytes:

@@ -5,8 +5,9 @@ requests hold until they are answered, and not even SIGKILL ends that wait. Were
 server's, then a killed server could stay half alive, with its descriptor in hand, so that systemd would
 never start the successor that could answer. So it is a process of its own, which matters to nobody.
 
-FD is a SOCK_SEQPACKET socket. A message is ``HEAD`` and, for WRITE, the notification; with OPEN comes the
-descriptor. Each WRITE is answered by a ``RESULT``, in any order. End of file ends the process.
+FD is a SOCK_SEQPACKET socket. A message is ``HEAD`` and, for WRITE, a notification or several, which are written in
+their order by one thread; with OPEN comes the descriptor. Each WRITE is answered by a ``RESULT``, in any order. End
+of file ends the process.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ WRITE: Final = 3
 HEAD: Final = struct.Struct("<IIQ")
 """What to do, the connection (a number of the server's), and a ticket that the result will carry."""
 RESULT: Final = struct.Struct("<QI")
-"""The ticket, and 0 or the errno."""
+"""The ticket, and 0 or the errno; of several notifications the last one's."""
 
-MAX_MESSAGE: Final = 4096
-"""The longest notification is INVAL_ENTRY with a name of 255 bytes."""
+MAX_MESSAGE: Final = 100 << 10
+"""The longest notification is INVAL_ENTRY with a name of 255 bytes: 296 bytes, and 256 of those are 74 KiB
+(``promises.MAX_SEQUENCE``). From 128 KiB on malloc would map memory anew for each message."""
 
 THREADS: Final = 8
 """At most for each connection's data, and as many for its names; one is busy for as long as pages of its file are
@@ -39,7 +41,8 @@ being read from the host, or its directory is locked. Apart, for a LOOKUP that h
 be answered only after the drop of data: names of that directory, which wait for the lock, must not stand before it."""
 
 _INVAL_ENTRY: Final = struct.pack("<i", 3)
-"""FUSE_NOTIFY_INVAL_ENTRY, the second word of a notification."""
+"""FUSE_NOTIFY_INVAL_ENTRY, the second word of a notification. The first is its length."""
+_LENGTH: Final = struct.Struct("<I")
 
 
 class Writers:
@@ -53,14 +56,14 @@ class Writers:
         self._unfinished = 0
         self._lock = threading.Lock()
 
-    def write(self, ticket: int, notification: bytes) -> None:
+    def write(self, ticket: int, notifications: bytes) -> None:
         with self._lock:
             self._unfinished += 1
             more = self._threads < min(self._unfinished, THREADS)
             self._threads += more
         if more:
             threading.Thread(target=self._run, daemon=True).start()
-        self._work.put((ticket, notification))
+        self._work.put((ticket, notifications))
 
     def close(self) -> None:
         """End the threads after what was asked for; the last one closes the descriptor."""
@@ -73,20 +76,28 @@ class Writers:
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
-            ticket, notification = item
+            ticket, notifications = item
             error = 0
-            try:
-                os.write(self._fd, notification)
-            except OSError as failure:
-                error = failure.errno or 0
+            while notifications:
+                (length,) = _LENGTH.unpack_from(notifications)
+                error = self._write(notifications[:length])
+                notifications = notifications[length:]
             with self._lock:
                 self._unfinished -= 1
-            self._results.send(RESULT.pack(ticket, error))
+            with suppress(ConnectionError):  # the server is gone, and this process goes next
+                self._results.send(RESULT.pack(ticket, error))
         with self._lock:
             self._threads -= 1
             last = self._threads == 0
         if last:
             os.close(self._fd)
+
+    def _write(self, notification: bytes) -> int:
+        try:
+            os.write(self._fd, notification)
+        except OSError as failure:
+            return failure.errno or 0
+        return 0
 
 
 def run(link: socket.socket) -> None:
@@ -104,8 +115,8 @@ def run(link: socket.socket) -> None:
                 writers.close()
         elif action == WRITE:
             data, names = connections[connection]
-            notification = message[HEAD.size :]
-            (names if notification[4:8] == _INVAL_ENTRY else data).write(ticket, notification)
+            notifications = message[HEAD.size :]
+            (names if notifications[4:8] == _INVAL_ENTRY else data).write(ticket, notifications)
 
 
 def main(arguments: list[str]) -> None:

@@ -72,6 +72,13 @@ class Notifier:
         hold back the answer to a request that works on names of ``parent``. Raises ``NotifierFull``."""
         self.submit((parent, name), abi.inval_entry(parent, name), then)
 
+    def sequence(self, notifications: bytes, then: Then) -> None:
+        """Write several, one after the other. Who asks bounds how many of these are under way."""
+        self._waiting += 1
+        key = object()
+        self._running[key] = [then]
+        self._write(self, key, notifications)
+
     def submit(self, key: Hashable, notification: bytes, then: Then) -> None:
         """Any notification of ``abi``; ``key`` is the same for the same bytes."""
         if self._waiting >= MAX_WAITING:

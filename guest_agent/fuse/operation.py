@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable, Coroutine, Generator
+from functools import partial
 from typing import Any, Protocol
 
 import trio
@@ -49,6 +50,11 @@ def start(operation: Operation, kernel: Kernel, unique: int) -> None:
     _Running(operation, kernel, unique).resume(None)
 
 
+def spawn(operation: Coroutine[Wait, Any, None]) -> None:
+    """Run an operation that answers no request, up to its first wait, and in time to its end."""
+    _Spawned(operation).resume(None)
+
+
 class _Running:
     __slots__ = ("_kernel", "_operation", "_unique")
 
@@ -74,6 +80,21 @@ class _Running:
             self._kernel.fail(self._unique, errno.EIO)
 
 
+class _Spawned:
+    __slots__ = ("_operation",)
+
+    def __init__(self, operation: Coroutine[Wait, Any, None]) -> None:
+        self._operation = operation
+
+    def resume(self, value: object) -> None:
+        try:
+            self._operation.send(value).begin(self.resume)
+        except StopIteration:
+            pass
+        except Exception:
+            log.exception("operation.failed operation=%r", self._operation)
+
+
 class Timers:
     """Calls functions later. Seldom used, so a task each is cheap enough."""
 
@@ -87,6 +108,35 @@ class Timers:
     async def _after(self, seconds: float, function: Callable[[], None]) -> None:
         await trio.sleep(seconds)
         function()
+
+
+class Idle:
+    """Has what is held for somebody let go when it was not ``used`` for some ``seconds``, twice that at the most."""
+
+    def __init__(
+        self, timers: Timers, seconds: float, let_go: Callable[[], None], is_held: Callable[[], object]
+    ) -> None:
+        self._timers = timers
+        self._seconds = seconds
+        self._let_go, self._is_held = let_go, is_held
+        self._uses = 0
+        self._watching = False
+
+    def used(self) -> None:
+        self._uses += 1
+
+    def watch(self) -> None:
+        """Something is held from now on."""
+        if not self._watching:
+            self._watching = True
+            self._timers.after(self._seconds, partial(self._look, self._uses))
+
+    def _look(self, uses: int) -> None:
+        self._watching = False
+        if self._uses == uses:
+            self._let_go()
+        elif self._is_held():
+            self.watch()
 
 
 class Pause:

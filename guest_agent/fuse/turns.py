@@ -5,7 +5,7 @@ The laws:
   hang (a disk of the host's that does not answer) each ends up with 1/(n+1), and as much is left for the others.
   (The dynamic threshold of switches that share a memory: Choudhury and Hahne, 1998.)
 - Nothing overtakes what waits of the same share. Shares that wait get one call each, round and round.
-- What waits of one share is bounded in bytes by whoever makes it: ``Lane.gate`` says when to take no more.
+- What waits of one share is bounded in bytes by whoever makes it: ``Queue.gate`` says when to take no more.
 
 Sans-IO but for the gates; one thread.
 """
@@ -81,13 +81,13 @@ class Item(Protocol):
 ItemT = TypeVar("ItemT", bound=Item)
 
 
-class Lane(Generic[ItemT]):
+class Queue(Generic[ItemT]):
     """The calls of one share: those that wait, and how much is under way."""
 
-    __slots__ = ("bytes", "calls", "gate", "queue", "waiting")
+    __slots__ = ("bytes", "calls", "gate", "items", "waiting")
 
     def __init__(self) -> None:
-        self.queue: deque[ItemT] = deque()
+        self.items: deque[ItemT] = deque()
         self.waiting = 0
         """Bytes of those in the queue."""
         self.calls = 0
@@ -111,48 +111,48 @@ class Turns(Generic[ItemT]):
     def __init__(self, max_calls: int, max_bytes: int) -> None:
         self._max_calls = max_calls
         self._max_bytes = max_bytes
-        self._lanes: dict[int, Lane[ItemT]] = {}
+        self._queues: dict[int, Queue[ItemT]] = {}
         self._calls = self._bytes = 0
         self.waiting = 0
         """Calls."""
 
     def __iter__(self) -> Iterator[ItemT]:
         """What waits, in the order of each share."""
-        return chain.from_iterable(lane.queue for lane in self._lanes.values())
+        return chain.from_iterable(queue.items for queue in self._queues.values())
 
     def gate(self, share: int) -> Gate:
         """Closed while too much of ``share`` waits."""
-        return self._lane(share).gate
+        return self._queue(share).gate
 
     def begin(self, item: ItemT) -> bool:
         """Count ``item`` as under way; False, and nothing done, if it has to wait."""
-        lane = self._lanes.get(item.share) or self._lane(item.share)
-        if lane.queue or not self._has_room(lane):
+        queue = self._queues.get(item.share) or self._queue(item.share)
+        if queue.items or not self._has_room(queue):
             return False
         size = item.size
-        lane.calls += 1
-        lane.bytes += size
+        queue.calls += 1
+        queue.bytes += size
         self._calls += 1
         self._bytes += size
         return True
 
     def wait(self, item: ItemT) -> None:
-        lane = self._lane(item.share)
-        lane.queue.append(item)
-        lane.came(item.size)
+        queue = self._queue(item.share)
+        queue.items.append(item)
+        queue.came(item.size)
         self.waiting += 1
 
     def next(self) -> ItemT | None:
         """The one whose turn it is, which is under way now; None while nobody may go."""
-        for share, lane in self._lanes.items():
-            if lane.queue and self._has_room(lane):
+        for share, queue in self._queues.items():
+            if queue.items and self._has_room(queue):
                 # To the end of the round.
-                self._lanes[share] = self._lanes.pop(share)
-                item = lane.queue.popleft()
-                lane.left(item.size)
+                self._queues[share] = self._queues.pop(share)
+                item = queue.items.popleft()
+                queue.left(item.size)
                 self.waiting -= 1
-                lane.calls += 1
-                lane.bytes += item.size
+                queue.calls += 1
+                queue.bytes += item.size
                 self._calls += 1
                 self._bytes += item.size
                 return item
@@ -160,9 +160,9 @@ class Turns(Generic[ItemT]):
 
     def end(self, item: ItemT) -> None:
         """``item`` is not under way any more."""
-        lane, size = self._lanes[item.share], item.size
-        lane.calls -= 1
-        lane.bytes -= size
+        queue, size = self._queues[item.share], item.size
+        queue.calls -= 1
+        queue.bytes -= size
         self._calls -= 1
         self._bytes -= size
 
@@ -170,34 +170,34 @@ class Turns(Generic[ItemT]):
         """None of ``items`` is, and all wait again, before whatever does already."""
         for item in reversed(list(items)):
             self.end(item)
-            lane = self._lane(item.share)
-            lane.queue.appendleft(item)
-            lane.came(item.size)
+            queue = self._queue(item.share)
+            queue.items.appendleft(item)
+            queue.came(item.size)
             self.waiting += 1
 
     def remove(self, item: ItemT) -> None:
         """``item`` waits no more."""
-        lane = self._lane(item.share)
-        lane.queue.remove(item)
-        lane.left(item.size)
+        queue = self._queue(item.share)
+        queue.items.remove(item)
+        queue.left(item.size)
         self.waiting -= 1
 
     def clear(self, keep: Callable[[ItemT], bool]) -> list[ItemT]:
         """Let nothing wait but what is to be kept; returns all that waited."""
         before = list(self)
-        for lane in self._lanes.values():
-            lane.queue.clear()
-            lane.left(lane.waiting)
+        for queue in self._queues.values():
+            queue.items.clear()
+            queue.left(queue.waiting)
         self.waiting = 0
         for item in before:
             if keep(item):
                 self.wait(item)
         return before
 
-    def _lane(self, share: int) -> Lane[ItemT]:
-        if (lane := self._lanes.get(share)) is None:
-            lane = self._lanes[share] = Lane()
-        return lane
+    def _queue(self, share: int) -> Queue[ItemT]:
+        if (queue := self._queues.get(share)) is None:
+            queue = self._queues[share] = Queue()
+        return queue
 
-    def _has_room(self, lane: Lane[ItemT]) -> bool:
-        return self._calls + lane.calls < self._max_calls and self._bytes + lane.bytes < self._max_bytes
+    def _has_room(self, queue: Queue[ItemT]) -> bool:
+        return self._calls + queue.calls < self._max_calls and self._bytes + queue.bytes < self._max_bytes

@@ -8,26 +8,47 @@ kernel's copy is dropped *before* the answer that said so, for whoever asked (op
 Only a LOOKUP or a GETATTR is ever answered so. A WRITE or a SETATTR must never wait for a drop: the kernel
 holds a page until it has the answer (fuse_fill_write_pages), or no page is written meanwhile (FUSE_NOWRITE).
 
-The only time for which anything is used without asking is ``TICK``.
+What the host promises (``promises``) is used without asking until the host takes it back. For what is not promised the
+kernel asks each time, but for a directory's attributes: those it may use for one tick of its clock. A path is walked
+by asking for each name, and then for the permissions of what the answer was: without that tick half of all messages.
+
+The kernel gives the answer to a GETATTR to its caller, and does not store it if the node was invalidated while it was
+on its way (fuse_change_attributes). Then fstat(2) knows a size that a mapping does not have, and who touches what is
+beyond that gets SIGBUS. So a node of which the attributes are being asked for is invalidated after the answer.
+
+The host knows of one guest. While several volumes of a share are in use nothing is promised, and what is changed
+through one is taken back from the others.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
 
 from guest_agent.fuse import bodies
+from guest_agent.fuse.contents import Contents
+from guest_agent.fuse.directories import ATTR_TYPE, NameChange, is_directory
 from guest_agent.fuse.forgetting import Forgets, fresh_uniques
 from guest_agent.fuse.host import Host, LetGo
 from guest_agent.fuse.listing import Listings
+from guest_agent.fuse.looked import Looked
 from guest_agent.fuse.notifier import NotifierFull
 from guest_agent.fuse.operation import Pause, Resume, Timers, Wait
-from protocol.files import Entry, FileCall
+from guest_agent.fuse.promises import Promises
+from guest_agent.fuse.readahead import Readahead
+from guest_agent.fuse.renewals import Known, Renewals
+from guest_agent.fuse.xattrs import Xattrs
+from protocol.errors import RemoteProtocolError
+from protocol.files import ATTRIBUTES, EMPTY, NAME, Changed, Entry, FileCall, Renamed, Renewed
 
 log = logging.getLogger(__name__)
+
+_ALL: Final = NAME | ATTRIBUTES
 
 SALT_SHIFT: Final = 40
 SALT_BITS: Final = 22
@@ -42,19 +63,11 @@ APPEND_PATIENCE: Final = 0.02
 """Seconds that an append which went elsewhere waits for its page to be dropped. Either that takes far less, or
 the kernel holds the page until the answer, and nobody sees it meanwhile."""
 
+AFTER_ANSWER: Final = 0.002
+"""Seconds after the answer to a GETATTR until its caller will have stored it."""
 
-TICK: Final = 1
-"""ns for which a directory's attributes count as fresh; the kernel makes it one tick of its clock, 4 ms. A path
-is walked by asking for each name, and then for the permissions of what the answer was: without this, half of
-all messages. It ends with promises."""
-
-_MODE_HIGH: Final = 61
-"""Of an ``ATTR``, the byte with the type of the file."""
-
-
-def attr_ns(attr: bytes) -> int:
-    """For how long ``attr`` may be used without asking."""
-    return TICK if attr[_MODE_HIGH] & 0xF0 == 0x40 else 0
+MOST_HELD_BACK: Final = 0.1
+"""Seconds for which an invalidation waits for that answer."""
 
 
 class Dropper(Protocol):
@@ -64,11 +77,14 @@ class Dropper(Protocol):
 
     def invalidate_entry(self, parent: int, name: bytes, then: Callable[[], None]) -> None: ...
 
+    def sequence(self, notifications: bytes, then: Callable[[], None]) -> None: ...
+
 
 class Volume:
     """``salt``: of this mount, as ``SALT_SHIFT`` says; a successor that takes the mount over needs it. ``volumes``:
     all of the share, if there can be several (of superblocks that are still in use); this one joins them. The host
-    knows of one guest, and says only once that a file's data is stale: what one is told is dropped by all."""
+    knows of one guest, and says only once that a file's data is stale: what one is told is dropped by all.
+    ``inherited``: a predecessor served the mount."""
 
     def __init__(
         self,
@@ -80,29 +96,48 @@ class Volume:
         salt: int,
         host_locks: bool = False,
         volumes: set[Volume] | None = None,
+        inherited: bool = False,
     ) -> None:
         self.share = share
         self.host = host
         self.host_locks = host_locks
         self.timers = timers
         self.uniques = fresh_uniques()
+        self.promises = Promises(notifier)
         self.forgets = Forgets(host, share, timers, self.uniques)
-        self.listings = Listings(host, share, next(fresh_uniques()))
-        self.written: set[int] = set()
-        """Nodes that may be open for writing on the host: it is told when they are closed here."""
+        self.listings = Listings(self, host, inherited=inherited)
+        self.renewals = Renewals(self.give_back)
+        self.xattrs = Xattrs(host, share, self.listings.directories.neighbours)
+        self.contents = Contents(host, share, self.listings.directories, timers, self.uniques)
+        self.looked = Looked()
+        self.readahead = Readahead(host, share, self.listings.directories, timers, self.uniques)
+        self.asking: dict[int, int] = {}
+        """By node, how many GETATTR are unanswered."""
         self.locking: dict[int, Pause | None] = {}
         """Requests that wait for a lock, by unique; None once they have been interrupted."""
         self.lockers: dict[tuple[int, int], int] = {}
         """Handles by node and owner: of fcntl(2) locks on the host that no FLUSH has given back. If RELEASE of the
         handle comes before one, they are the open file's own (F_OFD_SETLK), and the kernel says no more of them."""
+        self.unlearned: set[int] = set()
+        """Nodes whose last attributes the kernel has not stored, for a drop went before the answer."""
         self.adrift: set[int] = set()
         """Files that are appended to elsewhere than the kernel thinks, whose page it was seen to hold meanwhile."""
         self.salt = salt << SALT_SHIFT
         self._volumes = volumes if volumes is not None else set()
+        for other in self._volumes:
+            other.listings.void()
+            other.xattrs.void()
         self._volumes.add(self)
         self._notifier = notifier
+        self._held_back: dict[int, set[int]] = {}
+        """Nodes that are invalidated after an answer, and the directories that they are reached through."""
         self._dropping: dict[int, int] = {}
         """How many wait for the drop of a node's data. Who asks about it meanwhile is answered after that, too."""
+
+    @property
+    def is_alone(self) -> bool:
+        """No other volume of the share is in use."""
+        return len(self._volumes) == 1
 
     def is_dropping(self, node: int) -> bool:
         return node in self._dropping
@@ -110,6 +145,17 @@ class Volume:
     def drop(self, node: int) -> _Drop:
         """Await it to have the kernel's copy of a file's data dropped."""
         return _Drop(self._drop, node)
+
+    async def drop_for_attributes(self, node: int) -> None:
+        """Before the answer to a GETATTR, which the kernel then does not store; the host takes its size for known. So
+        the next answer goes first, and the drop follows: else the kernel would never learn the size of a file that
+        changes all the time (a read ends early, copy_file_range(2) returns 0 for ever)."""
+        if node in self.unlearned and node not in self._dropping:
+            self.unlearned.discard(node)
+            self.timers.after(AFTER_ANSWER, partial(self._drop, node, _nothing))
+        else:
+            self.unlearned.add(node)
+            await self.drop(node)
 
     def drop_name(self, parent: int, name: bytes) -> None:
         """Have the kernel forget a name, in its own time: only memory depends on it."""
@@ -135,27 +181,183 @@ class Volume:
             del self.lockers[node, owner]
         return owners
 
-    async def entry(self, call: FileCall[Entry]) -> Entry:
-        """A node that the host names."""
+    async def made(self, call: FileCall[Entry], directory: int, name: bytes) -> Entry:
+        """A node that has a new name. Who is told of that waits for no drop: what the host says next may be newer."""
         entry = await self.host.ask(call)
+        self.name_changed(directory, name, entry.above, NameChange.MADE)
+        if entry.promise & EMPTY and self.is_alone:
+            self.listings.made(entry.node)
         if entry.stale or entry.node in self._dropping:
             await self.drop(entry.node)
         return entry
 
-    async def entry_out(self, call: FileCall[Entry]) -> bytes:
+    async def entry_out(self, call: FileCall[Entry], thread: int) -> bytes:
+        """The answer to ``thread`` that names a node; empty if the host has promised that there is none."""
+        changes = self.looked.changes
         entry = await (ask := self.host.ask(call))
         if entry.stale or entry.node in self._dropping:
             await self.drop(entry.node)
+        if not entry.node:
+            return b""
         if ask.unheard:
             # The kernel will not hear of the node, and the host has counted this.
             self.forgets.add(entry.node, 1)
-        return bodies.entry_out(entry.node, entry.attr, 0, attr_ns(entry.attr))
+        elif not (entry.stale or entry.promise & ATTRIBUTES or is_directory(entry.attr)):
+            self.looked.remember(thread, entry.node, entry.attr, changes)
+        return bodies.entry_out(entry.node, entry.attr, self.valid(entry.node, entry.attr, entry.promise))
+
+    def absent_out(self, directory: int, name: bytes) -> bytes:
+        """There is no such name, the host has promised."""
+        if not self.is_alone:
+            raise OSError(errno.ENOENT, "")
+        self.promises.absent(directory, name)
+        return bodies.ABSENT
+
+    def valid(self, node: int, attr: bytes, promise: int) -> int:
+        """What of an answer the kernel may use without asking (``bodies.entry_out``)."""
+        promise = promise & _ALL if self.is_alone else 0
+        if not promise & ATTRIBUTES:
+            self.listings.directories.touch(node)
+            self.readahead.drop(node)
+        if not is_directory(attr):
+            # A write clears setuid and setgid on the host, and the kernel's copy of the mode stays as it is.
+            return promise & ~ATTRIBUTES if attr[ATTR_TYPE] & 0x0C else promise
+        if promise & ATTRIBUTES and self.promises.is_settled(node):
+            return promise
+        return promise & NAME | bodies.TICK
+
+    def doubtful(self, nodes: Sequence[int]) -> list[int]:
+        """Those of ``nodes`` of which nothing may be promised just now, whatever the host has said."""
+        unsettled = self.promises.unsettled(nodes)
+        return [*unsettled, *(self._dropping.keys() & nodes)] if self._dropping else unsettled
+
+    def give_back(self, nodes: Sequence[int]) -> None:
+        """One lookup of each will not be used."""
+        self.forgets.add_all(nodes)
+
+    def void(self) -> None:
+        """The session has ended, and with it all that was promised in it."""
+        self.listings.void()
+        self.renewals.void()
+        self.xattrs.void()
+        self.contents.void()
+        self.readahead.void()
+        self.promises.void()
+        self.looked.forget()
+
+    def take_back(self, changed: Changed) -> None:
+        """What the host has promised does not hold any more. Raises ``RemoteProtocolError`` if it says too much."""
+        self.listings.directories.changed(changed)
+        self.renewals.changed(changed)
+        self.xattrs.drop((*changed.nodes, *changed.attributes_only, *changed.directories))
+        self.contents.drop(*changed.nodes)
+        self.looked.forget()
+        self.readahead.drop(*changed.nodes)
+        if self.asking and not self.asking.keys().isdisjoint(changed.nodes):
+            changed = self._hold_back(changed)
+        self.promises.take_back(changed)
+
+    def renew(self, renewed: Renewed) -> None:
+        """How something is that has changed; what the host has promised again."""
+        if not self.is_alone:
+            self.give_back(renewed.entries)
+            return
+        attributes = dict(zip(renewed.nodes, renewed.attributes, strict=False))
+        for directory, name, node in zip(renewed.parents, renewed.names, renewed.entries, strict=False):
+            # Attributes of what the kernel may not know are only good with the name.
+            if (attr := attributes.get(node)) is not None:
+                self.renewals.add(directory, name, Known(node, attr))
+        for node in attributes.keys() - renewed.entries:
+            self.listings.directories.know(node, attributes[node])
+        for node, data in zip(renewed.files, renewed.contents, strict=False):
+            self.contents.give(node, data)
+
+    def renewed(self, directory: int, name: bytes) -> bytes | None:
+        """The answer to a LOOKUP, as ``entry_out``; None: the host must be asked."""
+        if (known := self.renewals.take(directory, name)) is None:
+            return None
+        if known.node in self._dropping:
+            self.give_back((known.node,))
+            return None
+        return bodies.entry_out(known.node, known.attr, self.valid(known.node, known.attr, NAME | ATTRIBUTES))
+
+    def asked(self, node: int) -> None:
+        """A GETATTR of ``node`` is about to be answered."""
+        self.asking[node] -= 1
+        if not self.asking[node]:
+            del self.asking[node]
+            if node in self._held_back:
+                self.timers.after(AFTER_ANSWER, partial(self._let_through, node))
+
+    def _hold_back(self, changed: Changed) -> Changed:
+        """Returns what is to be taken back at once."""
+        nodes, through = [], []
+        for node, directory in zip(changed.nodes, changed.through, strict=False):
+            if node in self.asking:
+                if node not in self._held_back:
+                    self.timers.after(MOST_HELD_BACK, partial(self._let_through, node))
+                self._held_back.setdefault(node, set()).add(directory)
+            else:
+                nodes.append(node)
+                through.append(directory)
+        return replace(changed, nodes=nodes, through=through)
+
+    def _let_through(self, node: int) -> None:
+        through = list(self._held_back.pop(node, ()))
+        with suppress(RemoteProtocolError):  # the host hears of that when it says something itself
+            self.promises.take_back(Changed(self.share, nodes=[node] * len(through), through=through))
+
+    # --- what changes ----------------------------------------------------------------------------------
+
+    def name_changed(self, directory: int, name: bytes, above: bytes, change: NameChange) -> None:
+        """The guest itself has made or removed ``name``; to be said before it is answered. ``above``: attributes of the
+        directory that are promised now, for which the kernel will ask."""
+        self.looked.forget()
+        self.promises.name_changed(directory, name)
+        self.renewals.void()  # another name of what was told may be gone, and how many it has with it
+        self.listings.directories.name_changed(directory, name, change)
+        if above and self.is_alone:
+            self.listings.directories.know(directory, above)
+        if not self.is_alone:
+            self._tell_others(Changed(self.share, [directory], [name], directories=[directory], above=[0]))
+
+    def renamed(self, old: tuple[int, bytes], new: tuple[int, bytes], outcome: Renamed) -> None:
+        """The same of a rename: directories and names."""
+        self.looked.forget()
+        self.promises.renamed(old, new, outcome.node, expire=not outcome.promise & NAME)
+        change = NameChange.UNLINKED if outcome.files else NameChange.MOVED
+        self.listings.directories.name_changed(*old, change)
+        self.listings.directories.name_changed(*new, change)
+        self.listings.directories.touch(outcome.node)
+        self.renewals.void()
+        if not self.is_alone:
+            parents, names = [old[0], new[0]], [old[1], new[1]]
+            self._tell_others(Changed(self.share, parents, names, directories=parents, above=[0, 0]))
+
+    def data_changed(self, node: int) -> None:
+        """The guest itself has changed the data or the attributes of ``node``."""
+        self.listings.directories.touch(node)
+        self.renewals.touched(node)
+        self.xattrs.drop((node,))
+        self.contents.drop(node)
+        self.looked.forget()
+        self.readahead.drop(node)
+        if not self.is_alone:
+            self._tell_others(Changed(self.share, nodes=[node], through=[0]))
+
+    def _tell_others(self, changed: Changed) -> None:
+        for volume in self._volumes:
+            if volume is not self:
+                volume.take_back(changed)
 
     def interrupt(self, unique: int, let_go: LetGo) -> None:
         """The caller of a request has had a signal; ``let_go`` answers the request with EINTR."""
         if (pause := self.locking.get(unique)) is not None:
             self.locking[unique] = None
             pause.interrupt()
+        self.listings.interrupt(unique ^ self.salt)
+        self.contents.interrupt(unique ^ self.salt)
+        self.readahead.interrupt(unique ^ self.salt)
         self.host.interrupt(self.share, unique ^ self.salt, let_go)
 
     def _drop(self, node: int, then: Callable[[], None]) -> None:
@@ -163,6 +365,7 @@ class Volume:
             volume._drop_here(node, then if volume is self else _nothing)
 
     def _drop_here(self, node: int, then: Callable[[], None]) -> None:
+        self.readahead.drop(node)
         self._dropping[node] = self._dropping.get(node, 0) + 1
 
         def done() -> None:

@@ -6,16 +6,20 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from host_agent.fileserver import linux
 from host_agent.fileserver.core import Core, Outcome
 from host_agent.fileserver.linux import failure
 from host_agent.fileserver.nodes import Node
+from host_agent.fileserver.promises import Many, Promise, remembered
 from host_agent.fileserver.signatures import is_stale, touched
 from protocol.api import Done
 from protocol.files import (
+    ATTRIBUTES,
     KILL_PRIVILEGE,
+    MAX_MANY,
     SET_ATIME,
     SET_ATIME_NOW,
     SET_GID,
@@ -35,10 +39,25 @@ from protocol.files import (
     RemoveXattr,
     SetAttributes,
     SetXattr,
+    XattrNames,
 )
 
 _USER: Final = b"user."
 _NOBODY: Final = 0xFFFFFFFF  # (uid_t)-1: chown(2) takes it for "leave alone"
+
+
+_ITSELF: Final = -1
+
+
+class _Names(Many):
+    """Of ``_ITSELF``, and of those others that have none."""
+
+    __slots__ = ()
+
+    def settled(self, result: XattrNames, kept: Callable[[Promise], int]) -> XattrNames:
+        stands = [index for index, promise in self.files if kept(promise) & ATTRIBUTES]
+        bare = [result.bare[index] for index in stands if index != _ITSELF]
+        return XattrNames(result.data, ATTRIBUTES if _ITSELF in stands else 0, bare)
 
 
 class AttributeOperations:
@@ -64,28 +83,34 @@ class AttributeOperations:
     def get_attributes(self, call: GetAttributes, payload: object) -> Outcome:
         node = self._reach.acquire(call.node)
         try:
+            self._core.see_writers(node)
+            promise = self._core.promises.look_at(node)
             status = linux.fstatx(node.descriptor)
-            return Outcome(Attributes(self._core.attr(status), is_stale(node, status)))
+            stale = is_stale(node, status, self._core.promises.heard(node))
+            return Outcome(Attributes(self._core.attr(status), stale), promise=promise)
         finally:
             self._reach.release(node)
 
     def set_attributes(self, call: SetAttributes, payload: object) -> Outcome:
         """Owner first, since chown(2) drops bits of the mode, and times last, since all else changes them."""
         with self._core.changing(call.node) as node:
+            heard = self._core.promises.heard(node)
             before = linux.fstatx(node.descriptor)
-            if call.valid & (SET_UID | SET_GID):
+            valid = call.valid
+            if valid & (SET_UID | SET_GID):
                 self._set_owner(node, call)
-            if call.valid & SET_SIZE:
+            if valid & SET_SIZE:
                 self._set_size(node, call.size)
-            if call.valid & SET_MODE:
+            if valid & SET_MODE:
                 with node.lock:
                     os.chmod(linux.magic_link(node.descriptor), stat.S_IMODE(call.mode))
-            elif call.valid & KILL_PRIVILEGE:
+            elif valid & KILL_PRIVILEGE:
                 self._core.kill_privilege(node.descriptor, linux.fstatx(node.descriptor))
-            self._set_times(node, call)
+            if valid & (SET_ATIME | SET_ATIME_NOW | SET_MTIME | SET_MTIME_NOW):
+                self._set_times(node, call)
             after = linux.fstatx(node.descriptor)
             with node.lock:
-                touched(node, before, after)
+                touched(node, before, after, heard)
                 node.told = after.size
             return Outcome(Attributes(self._core.attr(after)))
 
@@ -114,8 +139,7 @@ class AttributeOperations:
         now = (bool(call.valid & SET_ATIME_NOW), bool(call.valid & SET_MTIME_NOW))
         atime = call.atime_ns if call.valid & SET_ATIME else None
         mtime = call.mtime_ns if call.valid & SET_MTIME else None
-        if any(now) or atime is not None or mtime is not None:
-            linux.set_times(node.descriptor, atime, mtime, now=now)
+        linux.set_times(node.descriptor, atime, mtime, now=now)
 
     # --- extended ----------------------------------------------------------------------------------
 
@@ -130,18 +154,40 @@ class AttributeOperations:
             raise failure(errno.EOPNOTSUPP)
         with self._core.changing(call.node) as node:
             os.setxattr(linux.magic_link(node.descriptor), call.name, call.value, call.flags)
+            self._core.promises.changed(None, node)
         return Outcome(Done())
 
     def list_xattr(self, call: ListXattr, payload: object) -> Outcome:
-        with self._reach.use(call.node) as node:
+        if len(call.others) > MAX_MANY:
+            raise failure(errno.EINVAL)
+        data, promise = self._names(call.node)
+        bare: list[int] = []
+        sampled = [] if promise is None else [(_ITSELF, promise)]
+        for number in call.others:
+            with suppress(OSError):
+                names, promise = self._names(number)
+                if promise is not None and not names:
+                    sampled.append((len(bare), promise))
+                    bare.append(number)
+        if not sampled:
+            return Outcome(XattrNames(data))
+        return Outcome(XattrNames(data, bare=bare), promise=_Names(sampled))
+
+    def _names(self, number: int) -> tuple[bytes, Promise | None]:
+        """The names that a node has, each with a NUL behind it, and what was sampled before."""
+        with self._reach.use(number) as node:
+            promise = self._core.promises.look_at(node)
+            if promise is not None:
+                promise.given = remembered(self._core.attr(linux.fstatx(node.descriptor)))
             names = [os.fsencode(name) for name in os.listxattr(linux.magic_link(node.descriptor))]
-        return Outcome(Content(b"".join(name + b"\0" for name in names if name.startswith(_USER))))
+        return b"".join(name + b"\0" for name in names if name.startswith(_USER)), promise
 
     def remove_xattr(self, call: RemoveXattr, payload: object) -> Outcome:
         if not call.name.startswith(_USER):
             raise failure(errno.ENODATA)
         with self._core.changing(call.node) as node:
             os.removexattr(linux.magic_link(node.descriptor), call.name)
+            self._core.promises.changed(None, node)
         return Outcome(Done())
 
     # --- of the filesystem -------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The guest's calls: taken from the link, done by the threads of their share, answered in batches.
+"""The guest's calls: taken from the link, done by the threads of their share or at once (``prompt``), answered in
+batches.
 
 The laws:
 - Every call is answered once in the session it came in, with a result or an errno; what it says can be wrong,
@@ -13,23 +14,46 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Final
 
-from host_agent.fileserver.admission import Admission
+from host_agent.fileserver import prompt
+from host_agent.fileserver.admission import Admission, Room
+from host_agent.fileserver.entries import MAX_ANSWER, Records
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.ledger import Answer, CallKey, Ledger
 from host_agent.fileserver.names import MAX_LISTED_WITH_ATTRIBUTES
 from host_agent.fileserver.once import Glimpses, Once, Verdict, digest
+from host_agent.fileserver.promises import Many, Promise
 from host_agent.fileserver.shares import LOCK_CALLS, Share
 from host_agent.fileserver.snapshots import PIECE
 from host_agent.fileserver.tree import Outcome
-from host_agent.fileserver.workers import Completions
+from host_agent.fileserver.workers import Completions, WouldWait
 from protocol import codec, messages
-from protocol.bulk import Bulk, Run
+from protocol.bulk import INLINE_BELOW, Bulk, Run
 from protocol.errors import DecodeError, LocalProtocolError
-from protocol.files import ATTR, CALLS, MAX_DATA, Attributes, Entry, FileCall, Forget, List, Lookup, Read
+from protocol.files import (
+    ATTR,
+    ATTRIBUTES,
+    CALLS,
+    EMPTY,
+    MAX_DATA,
+    NAME,
+    Attributes,
+    Entry,
+    FileCall,
+    Forget,
+    List,
+    ListEntries,
+    Listing,
+    Lookup,
+    Read,
+    ReadMany,
+    Removed,
+    Renamed,
+)
 from protocol.lane import Lane
 from protocol.link import Link
 
@@ -39,6 +63,23 @@ logger = logging.getLogger(__name__)
 #: and a good one not more than 64 MiB of payloads. What a disk that hangs keeps waiting must not fill the memory.
 MAX_WAITING: Final = 8192
 MAX_WAITING_BYTES: Final = 256 << 20
+
+_PROMISED: Final = {
+    kind: ([field.name for field in fields(kind)].index("promise"), bits)
+    for kind, bits in (
+        (Entry, NAME | ATTRIBUTES | EMPTY),
+        (Attributes, ATTRIBUTES),
+        (Renamed, NAME),
+        (Listing, NAME),
+    )
+}
+"""Where a result says what it promises, and what that can be."""
+
+_ABOVE: Final = {kind: [field.name for field in fields(kind)].index("above") for kind in (Entry, Removed)}
+"""Where a result says what the directory is like."""
+
+_LOOKUPS: Final = (Lookup, ListEntries)
+"""What counts lookups, though it changes nothing on the host."""
 
 _DONE: Final[list[Any]] = []
 """A result without fields, encoded."""
@@ -54,23 +95,28 @@ class Asker:
 
 @dataclass(slots=True)
 class _Job:
-    """A call on its way through a thread; the last four fields are what comes of it."""
+    """A call on its way through a thread; the last five fields are what comes of it."""
 
     call: FileCall[Any]
     payload: bytes | memoryview
     share: Share
     asker: Asker
-    room: int  # bytes of the answer that it waits for, if those are many
-    run: Run | None = None  # where they go
+    room: Room | None = None  # what it waited for, if its answer may be large
     once: Once[Asker] | None = None  # where to tell, for a call that is done once
     key: CallKey = (0, 0)
     digest: int = 0
     begun: bytes | None = None  # the precondition, if a killed server may have done it
-    counted: int = 0  # the node that an earlier answer to this lookup counted
+    counted: Sequence[int] = ()  # the nodes that an earlier answer to this lookup counted
     errno: int = 0
     value: object = None
     result: object = None
     content: bytes | bytearray | memoryview | Run = b""
+    promise: Promise | None = None
+
+    @property
+    def run(self) -> Run | None:
+        """Where the answer goes, if in memory."""
+        return None if self.room is None else self.room.run
 
 
 class Calls:
@@ -84,7 +130,6 @@ class Calls:
         lane: Lane | None = None,
     ) -> None:
         """``bulk``: the memory of the link's payloads; ``lane``: where it is served."""
-        self._bulk = Bulk() if bulk is None else bulk
         self._journal = journal
         self._shares = shares
         self._once: Once[Asker] = Once()
@@ -95,7 +140,7 @@ class Calls:
         self._admission: Admission[_Job] = Admission(
             self._submit,
             lambda: 0 if self._link is None else self._link.backlog,
-            lambda size: not self._bulk.active or self._bulk.has_room(size),
+            bulk,
         )
 
     def close(self) -> None:
@@ -147,7 +192,8 @@ class Calls:
             _answer(asker, errno.ENODEV)
             return
         share.calls += 1
-        self._start(_Job(message, call.payload, share, asker, _room(message)), call)
+        share.bytes_written += len(call.payload)
+        self._start(_Job(message, call.payload, share, asker), call)
 
     def _start(self, job: _Job, frame: messages.Call) -> None:
         call: Any = job.call
@@ -158,19 +204,29 @@ class Calls:
                 job.once.dismiss(job.key)
             _answer(job.asker, errno.ENOMEM)
             return
-        if type(call) is Lookup and call.unique:
+        if type(call) in _LOOKUPS and call.unique:
             job.counted = self._glimpses.take(call)
         self._waiting += 1
         self._waiting_bytes += len(job.payload)
-        if job.room:
-            self._admission.ask(job.share, job.room, job)
+        if prompt.is_small(call, job.payload) and job.share.is_prompt:
+            self._do_at_once(job)
+        elif size := _size_of_answer(call):
+            shareable = isinstance(call, Read | ReadMany) and size >= INLINE_BELOW
+            self._admission.ask(job.share, size, job, shareable=shareable)
         else:
             self._submit(job)
 
-    def _submit(self, job: _Job) -> None:
-        if not job.room or self._shares.get(job.share.folder.id) is job.share:
-            if isinstance(job.call, Read) and job.asker.link is self._link:
-                job.run = self._bulk.take(job.room)
+    def _do_at_once(self, job: _Job) -> None:
+        try:
+            job.share.do_at_once(partial(self._try, job))
+        except WouldWait:
+            self._submit(job)
+        else:
+            self._deliver([job])
+
+    def _submit(self, job: _Job, room: Room | None = None) -> None:
+        job.room = room
+        if room is None or self._shares.get(job.share.folder.id) is job.share:
             job.share.workers.submit(lambda: self._work(job))
         else:  # its threads may have ended while it was held back
             job.errno = errno.ENODEV
@@ -189,7 +245,7 @@ class Calls:
             job.begun = self._once.begun(key, content)
         return verdict is not Verdict.WAIT
 
-    # --- doing, in a thread of the share -----------------------------------------------------------
+    # --- doing, in a thread of the share, or at once -----------------------------------------------
 
     def _work(self, job: _Job) -> None:
         if job.asker.link is self._link or job.call.CHANGES:
@@ -201,10 +257,12 @@ class Calls:
     def _try(self, job: _Job) -> None:
         try:
             outcome = self._do(job)
-            job.result, job.content = outcome.value, outcome.payload
+            job.result, job.content, job.promise = outcome.value, outcome.payload, outcome.promise
             job.value = _DONE if outcome.value is None else codec.encode(outcome.value)
         except OSError as error:
             job.errno = error.errno or errno.EIO
+        except WouldWait:
+            raise
         except Exception:
             logger.exception("call.failed kind=%s", type(job.call).__name__)
             job.errno = errno.EIO
@@ -224,7 +282,8 @@ class Calls:
                 self._journal.outcome(job.key, Answer(job.digest, 0, _DONE))
             return tree.perform(call, b"")
         if job.counted:
-            _give_back(job.share, job.counted)
+            counted, job.counted = job.counted, ()
+            _give_back(job.share, counted)
         if job.once is not None and (precondition := tree.precondition(call)):
             self._journal.intent(job.key, job.digest, precondition)
         return tree.perform(call, job.payload if job.run is None else job.run)
@@ -242,17 +301,20 @@ class Calls:
                 logger.exception("call.unanswered kind=%s", type(job.call).__name__)
                 if job.run is not None and job.run.slots:
                     job.run.give_back()
-            if job.room:
-                self._admission.ended(job.share, job.room)
+            if job.room is not None:
+                self._admission.ended(job.room)
         self._admission.go_on()
 
     def _conclude(self, job: _Job) -> None:
         job.share.noticed(job.call)
-        if isinstance(job.call, Lookup) and isinstance(job.result, Entry) and job.call.unique:
-            self._found(job, job.call, job.result.node)
         askers = [job.asker]
         if job.once is not None:
             askers = job.once.done(job.key, Answer(job.digest, job.errno, job.value))
+        if job.promise is not None:
+            _promise(job)
+        if isinstance(job.call, _LOOKUPS) and job.result is not None:
+            self._found(job, job.call)
+        job.share.bytes_read += len(job.content)
         for asker in askers:
             _answer(asker, job.errno, job.value, job.content)
         if job.run is not None and job.run.slots:  # nothing came of it
@@ -261,26 +323,69 @@ class Calls:
             asked: Any = job.result if isinstance(job.result, Entry) else job.call
             job.share.alarm_told(asked.node)
 
-    def _found(self, job: _Job, call: Lookup, node: int) -> None:
-        """A lookup was counted. If its session is over, it may have been asked again already."""
-        if job.asker.link is self._link:
-            self._glimpses.remember(call, node)
-        elif self._shares.get(call.share) is job.share:
-            job.share.workers.submit(lambda: _give_back(job.share, node))
+    def _found(self, job: _Job, call: Lookup | ListEntries) -> None:
+        """Lookups were counted. If their session is over, it may have been asked again already."""
+        found, in_vain = _counted(job)
+        if job.asker.link is not self._link:
+            in_vain += found
+        elif found and call.unique:
+            self._glimpses.remember(call, found)
+        if in_vain and self._shares.get(call.share) is job.share:
+            job.share.workers.submit(lambda: _give_back(job.share, in_vain))
 
 
-def _room(call: FileCall[Any]) -> int:
+def _counted(job: _Job) -> tuple[list[int], list[int]]:
+    """The nodes of which the answer to a lookup has counted one, and those of which it has in vain."""
+    if isinstance(job.promise, Records):
+        return job.promise.sent, job.promise.taken_out
+    return ([job.result.node] if isinstance(job.result, Entry) and job.result.node else []), []
+
+
+def _promise(job: _Job) -> None:
+    """Put into the answer what can be promised of it now. What is remembered for another time promises nothing."""
+    assert job.promise is not None
+    result: Any = job.result
+    if isinstance(job.promise, Many):
+        job.value = codec.encode(job.promise.settled(result, partial(job.share.promised, result)))
+        return
+    bits = job.share.promised(result, job.promise)
+    if isinstance(job.promise, Records):
+        assert isinstance(job.content, bytearray)
+        job.promise.settle(job.content, partial(job.share.promised, result) if bits else None)
+    if type(result) is Entry and not result.node and not bits:
+        job.errno, job.value = errno.ENOENT, None
+    elif bits:
+        job.value = _promising(result, job.value, bits, job.promise.above)
+
+
+def _promising(result: object, value: Any, bits: int, above: bytes) -> list[Any]:
+    """``value`` is ``result`` encoded."""
+    row = list(value)
+    kind: Any = type(result)
+    if kind in _PROMISED:
+        at, possible = _PROMISED[kind]
+        row[at] = bits & possible
+    if bits & NAME and kind in _ABOVE:
+        row[_ABOVE[kind]] = above
+    return row
+
+
+def _size_of_answer(call: FileCall[Any]) -> int:
     """Bytes that the answer may have, if they are too many for as many calls as a guest may have pending."""
     if isinstance(call, Read):
         return max(0, min(call.size, MAX_DATA))
+    if isinstance(call, ReadMany):
+        return max(0, min(call.most, MAX_DATA))
     if isinstance(call, List):
         return PIECE + MAX_LISTED_WITH_ATTRIBUTES * ATTR.size if call.attributes else PIECE
+    if isinstance(call, ListEntries):
+        return MAX_ANSWER
     return 0
 
 
-def _give_back(share: Share, node: int) -> None:
-    """The guest will not hear of a lookup that was counted."""
-    share.tree.perform(Forget(share.folder.id, 0, 0, [node], [1]), b"")
+def _give_back(share: Share, nodes: Sequence[int]) -> None:
+    """The guest will not hear of lookups that were counted."""
+    share.tree.perform(Forget(share.folder.id, 0, 0, list(nodes), [1] * len(nodes)), b"")
 
 
 def _answer(

@@ -53,7 +53,10 @@ class ShareState:
     ``nodes`` are the files that the guest's kernel knows, ``descriptors`` those open here for them. ``lost``
     counts what could not be kept: files that were not found again, locks that somebody took while the file
     server was started again. ``calls`` counts what the guest has asked of this process. ``clock_skew_ms`` is by
-    how much the guest's clock was ahead when it mounted.
+    how much the guest's clock was ahead when it mounted. ``revalidating``: what the guest was told is being compared
+    with what is there, because changes may have gone unseen. ``unwatched`` counts the files and folders whose
+    changes are not heard of, because the kernel watches no more of them: the guest asks for these each time.
+    ``bytes_read`` and ``bytes_written`` count payloads, as ``calls`` does calls.
     """
 
     id: int
@@ -66,6 +69,10 @@ class ShareState:
     lost: int = 0
     calls: int = 0
     clock_skew_ms: int = 0
+    revalidating: bool = False
+    unwatched: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,30 +6,36 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
-from host_agent.fileserver import signatures
+from host_agent.fileserver import linux, signatures
 from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.datafiles import DataFiles
 from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.linux import Status, failure
-from host_agent.fileserver.nodes import Node, Recorder
+from host_agent.fileserver.nodes import Link, Node, Recorder
+from host_agent.fileserver.promises import Promise, Promises
 from host_agent.fileserver.reach import Reach
+from host_agent.fileserver.retractions import Name, Retraction, above
 from host_agent.fileserver.seals import Seals
+from host_agent.fileserver.sharing import Sharing
 from host_agent.fileserver.snapshots import Snapshots
+from host_agent.fileserver.watches import Watches
 from protocol.bulk import Run
-from protocol.files import MAX_NAME, Entry
+from protocol.files import MAX_NAME, ROOT, Entry
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is sent back: a result of ``protocol.files``, and raw bytes."""
+    """What is sent back: a result of ``protocol.files``, and raw bytes; with what may be promised of it, if nothing
+    happens before that is sent."""
 
     value: object | None
-    payload: bytes | Run = b""
+    payload: bytes | bytearray | Run = b""
+    promise: Promise | None = None
 
 
 def check_name(name: bytes) -> None:
@@ -59,12 +65,22 @@ class Core:
         max_descriptors: int | None,
         keepsakes: ShareKeepsakes | None = None,
         budget: Budget | None = None,
+        share: int = 0,
+        watches: Watches | None = None,
+        retract: Callable[[Retraction], None] = lambda retraction: None,
     ) -> None:
         self.read_only = read_only
         self.seals = seals
         budget = budget or Budget()
         self.reach = Reach(recorder, next_node, seals, budget, max_descriptors, keepsakes)
+        if watches is not None:
+            self.reach.registry.unwatch = partial(watches.forget, share)
+        self.promises = Promises(share, watches, self.reach.registry.table.by_name)
         self.files = DataFiles(self.reach, budget, read_only=read_only)
+        self.sharing = None if watches is None else Sharing(self.files, watches, self.doubt)
+        self._retract = retract
+        self.reach.on_other_root = self._other_root
+        self.reach.on_outdated = self._outdated
         self.snapshots = Snapshots()
         self.is_root = os.geteuid() == 0
 
@@ -85,10 +101,13 @@ class Core:
     @contextmanager
     def changing(self, number: int) -> Iterator[Node]:
         """A file whose attributes the guest may change: not a directory that is sealed."""
-        with self.reach.use(number) as node:
+        node = self.reach.acquire(number)
+        try:
             if node.sealed:
                 raise failure(errno.EACCES)
             yield node
+        finally:
+            self.reach.release(node)
 
     def inode(self, device: int, ino: int) -> int:
         """The inode number that the guest is shown: the host's own on the root's device, else one that is
@@ -98,8 +117,38 @@ class Core:
     def attr(self, status: Status) -> bytes:
         return status.attr(self.inode(status.device, status.ino))
 
-    def entry(self, node: Node, status: Status) -> Outcome:
-        return Outcome(Entry(node.number, self.attr(status), signatures.is_stale(node, status)))
+    def doubt(self, node: Node) -> None:
+        """The guest may have been promised something of the file that does not hold."""
+        retraction = Retraction()
+        retraction.file(node, above(node))
+        self._retract(retraction)
+
+    def renew(self, node: Node) -> None:
+        """The guest has changed attributes of the file by another name than that which its agent may know it by."""
+        self._retract(Retraction(attributes=[node.number]))
+
+    def _other_root(self, names: Iterable[tuple[bytes, Node]]) -> None:
+        """The root is another directory, or none; ``names`` the guest knows of the one before."""
+        self.promises.changed(None, self.reach.peek(ROOT))
+        told = [Name(ROOT, name, node) for name, node in names]
+        with suppress(OSError), self.reach.use(ROOT) as root:
+            told += [Name(ROOT, name, None) for name in os.listdir(linux.magic_link(root.descriptor))]
+        self._retract(Retraction(told, [], [(ROOT, 0)]))
+
+    def _outdated(self, names: Iterable[tuple[Link, Node]]) -> None:
+        """When it is heard of the change, nothing will be known by these names. The guest's kernel may know them."""
+        self._retract(Retraction([Name(parent, name, node) for (parent, name), node in names]))
+
+    def see_writers(self, node: Node) -> None:
+        """Before an answer about ``node``, which is acquired: are there any yet?"""
+        if self.sharing is not None and self.sharing.is_due(node):
+            with suppress(OSError):  # it stays what it was
+                self.sharing.look_again(node)
+
+    def entry(self, node: Node, status: Status, promise: Promise | None = None) -> Outcome:
+        """``status`` is what was read after ``promise`` was sampled."""
+        stale = signatures.is_stale(node, status, self.promises.heard(node))
+        return Outcome(Entry(node.number, self.attr(status), stale), promise=promise)
 
     def kill_privilege(self, descriptor: int, status: Status) -> bool:
         """Drop setuid and, of an executable, setgid. The kernel does that by itself unless we are root."""

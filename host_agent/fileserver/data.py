@@ -79,11 +79,17 @@ class DataOperations:
             raise failure(errno.EINVAL)
         node = self._reach.acquire(call.node)
         try:
+            sharing = self._core.sharing
+            if looks := sharing is not None and (node.base is None or sharing.is_due(node)):
+                self._files.close_writer(node)
             file = self._files.reader(node)
             try:
+                if sharing is not None and looks:
+                    sharing.look(node, file.descriptor)
                 if node.base is None:
                     device = self._reach.devices.of(node.key[0], file.descriptor)
-                    giving(node, linux.fstatx(file.descriptor), device.unsettled_ns)
+                    heard = self._core.promises.heard(node)
+                    giving(node, linux.fstatx(file.descriptor), device.unsettled_ns, heard)
                 if isinstance(payload, Run):
                     payload.length = _read_into(payload.view[: call.size], file.descriptor, call.offset)
                     return Outcome(Done(), payload)
@@ -123,6 +129,7 @@ class DataOperations:
 
     def _write(self, node: Node, descriptor: int, call: Write, payload: bytes | memoryview) -> Outcome:
         with node.lock:
+            heard = self._core.promises.heard(node)
             before = linux.fstatx(descriptor)
             if call.append:
                 size, offset = append(descriptor, payload)
@@ -131,7 +138,7 @@ class DataOperations:
             after = linux.fstatx(descriptor)
             if call.kill_privilege and self._core.kill_privilege(descriptor, after):
                 after = linux.fstatx(descriptor)
-            written(node, before, after, call.offset + size)
+            written(node, before, after, call.offset + size, heard)
         return Outcome(Written(size, offset, self._core.attr(after)))
 
     def allocate(self, call: Allocate, payload: object) -> Outcome:
@@ -141,11 +148,12 @@ class DataOperations:
             file = self._files.writer(node)
             try:
                 with node.lock:
+                    heard = self._core.promises.heard(node)
                     before = linux.fstatx(file.descriptor)
                     linux.fallocate(file.descriptor, call.mode, call.offset, call.length)
                     after = linux.fstatx(file.descriptor)
                     end = 0 if call.mode & FALLOC_FL_KEEP_SIZE else call.offset + call.length
-                    written(node, before, after, end)
+                    written(node, before, after, end, heard)
             finally:
                 self._files.release(file, wrote=True)
         return Outcome(Attributes(self._core.attr(after)))
@@ -165,10 +173,11 @@ class DataOperations:
         file = self._files.writer(target)
         try:
             with target.lock:
+                heard = self._core.promises.heard(target)
                 before = linux.fstatx(file.descriptor)
                 copied = os.copy_file_range(source, file.descriptor, length, call.offset, call.to_offset)
                 after = linux.fstatx(file.descriptor)
-                written(target, before, after, call.to_offset + copied)
+                written(target, before, after, call.to_offset + copied, heard)
         finally:
             self._files.release(file, wrote=True)
         return Outcome(Written(copied, call.to_offset, self._core.attr(after)))

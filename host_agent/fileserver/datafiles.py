@@ -3,7 +3,8 @@
 The guest's opens and closes do not arrive here, so descriptors are kept for a while. The laws:
 - Only regular files are opened; what a file is was seen before through its O_PATH descriptor.
 - A writer is not kept long: who watches the file on the host waits for IN_CLOSE_WRITE, and a program that
-  is open for writing cannot be executed (ETXTBSY).
+  is open for writing cannot be executed (ETXTBSY). And as long as this process has a file open for writing it cannot
+  tell whether others have (``sharing``): so an idle one is closed when that is asked.
 - A file that the guest has open stays readable and writable to it whatever its mode is by now (git makes
   its objects 0444 before it has written them). The guest's kernel has checked permissions when it was
   opened; here the mode is widened for the moment of opening, if the file is ours. Never on a read-only share.
@@ -19,6 +20,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
+from itertools import islice
 from typing import Final
 
 from host_agent.fileserver import linux
@@ -28,11 +30,8 @@ from host_agent.fileserver.nodes import Node
 from host_agent.fileserver.reach import Reach
 from host_agent.fileserver.workers import waiting
 
-AFTER_FLUSH: Final = 0.1
-"""Seconds that a writer stays open after the guest has closed the file: it may be opened again at once."""
-
-AFTER_WRITE: Final = 2.0
-"""Seconds that a writer stays open after the last write."""
+AFTER_WRITE: Final = 0.3
+"""Seconds that a writer stays open after the last write. Who goes on then pays for another open(2), some 20 us."""
 
 AFTER_READ: Final = 10.0
 """Seconds that a reader stays open after the last read."""
@@ -188,12 +187,14 @@ class DataFiles:
 
     # --- closing -----------------------------------------------------------------------------------
 
-    def flushed(self, number: int) -> None:
-        """The guest has closed a descriptor through which it wrote to the node."""
-        node = self._reach.peek(number)
+    def close_writer(self, node: Node) -> None:
+        """If it is idle."""
         with self._lock:
-            if node is not None and node.writer is not None:
-                node.writer.due = min(node.writer.due, time.monotonic() + AFTER_FLUSH)
+            if node.writer is None or node.writer.uses:
+                return
+            idle = [node.writer]
+            self._detach(idle)
+        self._close(idle)
 
     def close_idle(self, now: float) -> float:
         """Close what is due; returns when to look again."""
@@ -237,7 +238,7 @@ class DataFiles:
         surplus = len(self._open) - limit
         if surplus <= 0:
             return []
-        closing = [file for file in self._open if not file.uses][:surplus]
+        closing = list(islice((file for file in self._open if not file.uses), surplus))
         self._detach(closing)
         return closing
 

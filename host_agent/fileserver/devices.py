@@ -44,6 +44,7 @@ KERNEL_FILESYSTEMS: Final = frozenset(
 in proc."""
 
 _OVERLAYFS: Final = 0x794C7630
+_TMPFS: Final = 0x01021994
 
 _FINE: Final = frozenset(
     {
@@ -53,7 +54,7 @@ _FINE: Final = frozenset(
         0xF2F52010,  # f2fs
         0xCA451A4E,  # bcachefs
         0x2FC12FC1,  # zfs
-        0x01021994,  # tmpfs
+        _TMPFS,
         0x858458F6,  # ramfs
         _OVERLAYFS,
         0x3434,  # nilfs2
@@ -79,6 +80,20 @@ _COARSE: Final = frozenset(
 mtime, so content whose mtime was set back (``cp -p``) looks as it was before."""
 
 
+_TELLING: Final = frozenset(
+    {
+        0xEF53,  # ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0xF2F52010,  # f2fs
+        0xCA451A4E,  # bcachefs
+        _TMPFS,
+    }
+)
+"""Nothing changes on them but through this machine's kernel and by an operation that fanotify(7) tells of. Not
+overlayfs: a file has another handle once it is copied up. Not zfs: a rollback changes files without a word."""
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """``births``: the time of birth tells files apart. ``unsettled_ns``: for so long after a change may the time stamps
@@ -99,6 +114,17 @@ def described(filesystem: int) -> Device:
         unsettled = NEVER_NS
     # Copying a file up gives it another time of birth on overlayfs.
     return Device(filesystem != _OVERLAYFS, unsettled)
+
+
+def tells(filesystem: int) -> bool:
+    """Whether fanotify(7) hears of all that happens on a filesystem of this f_type. Network filesystems and FUSE take
+    marks just as well, and say nothing of what others do."""
+    return filesystem in _TELLING
+
+
+def is_memory(filesystem: int) -> bool:
+    """Whether a filesystem of this f_type waits for no disk of its own."""
+    return filesystem == _TMPFS
 
 
 class Devices:
@@ -125,9 +151,13 @@ class Devices:
 
     def is_key(self, key: Key, status: Status) -> bool:
         """Whether ``status`` is of the file ``key``. Also False if that cannot be told without a descriptor."""
+        return key == self.known_key(status)
+
+    def known_key(self, status: Status) -> Key | None:
+        """The identity of a file, if it can be told without a descriptor."""
         device = status.device
         known = self._known.get(device)
-        return known is not None and key == (device, status.ino, status.birth_ns() if known.births else 0)
+        return None if known is None else (device, status.ino, status.birth_ns() if known.births else 0)
 
     def forget(self) -> None:
         """To be called once a second."""

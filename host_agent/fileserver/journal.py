@@ -22,12 +22,14 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import msgpack
 
+from host_agent.fileserver.compaction import survivors
 from host_agent.fileserver.ledger import FORMAT, Answer, CallKey, Entry, Kind, Ledger
 
 logger = logging.getLogger(__name__)
@@ -130,8 +132,7 @@ class Journal:
 
     def intent(self, key: CallKey, digest: int, precondition: bytes) -> None:
         """A call is about to change the disk. Written when this returns."""
-        self.add(Kind.INTENT, *key, digest, precondition)
-        self.flush()
+        self._write(msgpack.packb((Kind.INTENT, *key, digest, precondition)))
 
     def outcome(self, key: CallKey, answer: Answer) -> None:
         """It has, or has failed to."""
@@ -139,9 +140,13 @@ class Journal:
 
     def flush(self) -> None:
         """Write what was gathered, by one write(2)."""
+        self._write(b"")
+
+    def _write(self, last: bytes) -> None:
+        """Write what was gathered, and an entry or nothing behind it."""
         with self._writing:
             with self._gathering:
-                data = b"".join(self._entries)
+                data = b"".join(self._entries) + last
                 self._entries.clear()
             if self._unwritten:
                 data = self._unwritten + data
@@ -195,11 +200,10 @@ class Journal:
             life, end = self._lives, self._size
             source = os.dup(self._fd)
         try:
-            ledger = _replay(source, end)
             with self._gathering:
-                ledger.last_node, ledger.last_handle = self._last_node, self._last_handle
+                numbers = self._last_node, self._last_handle
             with _made(self._path.with_name(f"{self._path.name}.compact")) as new:
-                new.write_all(ledger.entries())
+                new.write_all(survivors(partial(_entries, source, end), *numbers))
                 with self._writing:
                     if self._lives == life and not self._given_up:  # else it is about another guest now
                         self._take_over(source, end, new)

@@ -24,6 +24,7 @@ from host_agent.fileserver.signatures import written
 from protocol.api import Done
 from protocol.files import (
     Create,
+    Entry,
     FileCall,
     Forget,
     GetXattr,
@@ -32,9 +33,11 @@ from protocol.files import (
     MakeLink,
     MakeNode,
     MakeSymlink,
+    Removed,
     RemoveDirectory,
     RemoveXattr,
     Rename,
+    Renamed,
     SetXattr,
     Unlink,
     Write,
@@ -108,6 +111,9 @@ class Judgement:
     def _key_at(self, directory: Node, name: bytes) -> Key:
         """The identity; zeros for nothing."""
         try:
+            key = self._reach.devices.known_key(linux.statx(directory.descriptor, name))
+            if key is not None:
+                return key
             descriptor = self._reach.open_entry(directory, name)
         except FileNotFoundError:
             return (0, 0, 0)
@@ -125,8 +131,11 @@ class Judgement:
     def _length(self, call: Write) -> bytes:
         if not call.append:
             return b""
-        with self._reach.use(call.node) as node:
-            return _COUNT.pack(linux.fstatx(node.descriptor).size)
+        node = self._reach.acquire(call.node)
+        try:
+            return _COUNT.pack(os.stat(node.descriptor).st_size)
+        finally:
+            self._reach.release(node)
 
     def _xattr(self, call: SetXattr | RemoveXattr) -> bytes:
         return _XATTR_ABSENT if self._value(call) is None else _XATTR_PRESENT
@@ -158,7 +167,10 @@ class Judgement:
             if before != _ABSENT or not self._is_what_was_to_be_made(call):
                 raise
         directory = call.parent if isinstance(call, MakeLink) else call.node
-        return self._perform(Lookup(share=call.share, unique=0, node=directory, name=call.name), b"")
+        outcome = self._perform(Lookup(share=call.share, unique=0, node=directory, name=call.name), b"")
+        if isinstance(outcome.value, Entry) and not outcome.value.node:
+            raise failure(errno.ENOENT)
+        return outcome
 
     def _is_what_was_to_be_made(self, call: _Make) -> bool:
         directory = call.parent if isinstance(call, MakeLink) else call.node
@@ -181,7 +193,7 @@ class Judgement:
             return self._perform(call, payload)
         with self._core.directory(call.node, call.name) as directory:
             self._reach.removed(directory, call.name)
-        return Outcome(Done())
+        return Outcome(Removed())
 
     def _rename_again(self, call: Rename, payload: _Payload, before: bytes) -> Outcome:
         source, target = before[: _KEY.size], before[_KEY.size :]
@@ -195,7 +207,8 @@ class Judgement:
             with self._core.directory(call.parent, call.new_name) as new:
                 if self._reach.is_named(old, call.name, _key(source)):
                     self._reach.moved(old, call.name, new, call.new_name, exchange=exchange)
-        return Outcome(Done())
+                node = self._reach.named(new, call.new_name)
+        return Outcome(Renamed(0 if node is None else node.number))
 
     def _write_again(self, call: Write, payload: _Payload, before: bytes) -> Outcome:
         """An append: look for its bytes in what the file has grown by."""

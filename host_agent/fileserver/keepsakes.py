@@ -116,7 +116,9 @@ def receive(channel: socket.socket, flags: int = 0) -> Message | None:
         return None
     try:
         gone, kept = ([Name(*map(int, name)) for name in names] for names in msgpack.unpackb(data))
-    except (TypeError, ValueError) as error:
+        if len(fds) > len(kept):
+            raise ValueError(f"{len(fds)} descriptors by {len(kept)} names")
+    except (TypeError, ValueError, OverflowError) as error:
         for descriptor in fds:
             os.close(descriptor)
         raise OSError(errno.EBADMSG, str(error)) from None

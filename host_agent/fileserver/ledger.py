@@ -126,7 +126,7 @@ class Ledger:
         yield [Kind.BEGIN, FORMAT, self.boot_id]
         yield [Kind.NUMBERS, self.last_node, self.last_handle]
         for share, nodes in self.nodes.items():
-            yield from _node_entries(share, nodes)
+            yield from node_entries(share, nodes)
         for share, locks in self.locks.items():
             yield from _lock_entries(share, locks)
         for (share, unique), intent in self.intents.items():
@@ -218,7 +218,8 @@ class Ledger:
         self.last_handle = max(self.last_handle, last_handle)
 
 
-def _node_entries(share: int, nodes: dict[int, NodeRecord]) -> Iterator[Entry]:
+def node_entries(share: int, nodes: dict[int, NodeRecord]) -> Iterator[Entry]:
+    """What makes these records: of each its names, and then how often it was looked up."""
     for node, record in nodes.items():
         identity = [record.device, record.inode, record.birth_ns]
         for parent, name in record.links or {(0, b""): None}:

@@ -129,6 +129,7 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.statx = ctypes.create_string_buffer(_STATX_SIZE)
         self.statx_address = ctypes.addressof(self.statx)
+        self.times = (_Timespec * 2)()
 
 
 _scratch = _Scratch()
@@ -188,20 +189,21 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 def set_times(descriptor: int, atime_ns: int | None, mtime_ns: int | None, *, now: tuple[bool, bool]) -> None:
     """utimensat(2) of what an O_PATH descriptor refers to. ns since the epoch; None leaves a time alone, ``now``
     (atime, mtime) sets it to the present, for which write permission is enough."""
-    times = (_Timespec * 2)(_timespec(atime_ns, now[0]), _timespec(mtime_ns, now[1]))
+    times = _scratch.times
+    _fill(times[0], atime_ns, now[0])
+    _fill(times[1], mtime_ns, now[1])
     if _utimensat(-100, magic_link(descriptor), times, 0):
         raise _failed()
 
 
-def _timespec(ns: int | None, now: bool) -> _Timespec:
-    if now:
-        return _Timespec(0, UTIME_NOW)
-    if ns is None:
-        return _Timespec(0, UTIME_OMIT)
-    seconds, nanoseconds = divmod(ns, 1_000_000_000)
+def _fill(time: _Timespec, ns: int | None, now: bool) -> None:
+    if now or ns is None:
+        time.tv_nsec = UTIME_NOW if now else UTIME_OMIT
+        return
+    seconds, time.tv_nsec = divmod(ns, 1_000_000_000)
     if not -(1 << 63) <= seconds < 1 << 63:
         raise OverflowError("a time of more than 64 bits")
-    return _Timespec(seconds, nanoseconds)
+    time.tv_sec = seconds
 
 
 class DirectoryEntry(NamedTuple):

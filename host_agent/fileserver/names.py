@@ -17,8 +17,8 @@ from host_agent.fileserver import linux, snapshots
 from host_agent.fileserver.core import Core, Outcome, check_name
 from host_agent.fileserver.linux import Status, failure
 from host_agent.fileserver.nodes import Node
-from host_agent.fileserver.signatures import is_stale
-from protocol.api import Done
+from host_agent.fileserver.promises import Promise
+from host_agent.fileserver.workers import WouldWait
 from protocol.files import (
     ATTR,
     DIRENT,
@@ -36,8 +36,10 @@ from protocol.files import (
     MakeNode,
     MakeSymlink,
     ReadLink,
+    Removed,
     RemoveDirectory,
     Rename,
+    Renamed,
     Unlink,
 )
 
@@ -57,6 +59,7 @@ class NameOperations:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._reach = core.reach
+        self._promises = core.promises
 
     def methods(self) -> dict[type[FileCall[Any]], Callable[[Any, Any], Outcome]]:
         return {
@@ -85,20 +88,52 @@ class NameOperations:
         try:
             if directory.sealed:
                 raise failure(errno.EACCES)
-            status = linux.statx(directory.descriptor, name)
-            node = reach.known(directory, name, status)
-            if node is None:
-                return self._enter(directory, name)
-            return Outcome(Entry(node.number, self._core.attr(status), is_stale(node, status)))
+            promise = self._promises.look(directory, name)
+            try:
+                node, status = self.find(directory, name, promise)
+            except FileNotFoundError:
+                if promise is None:
+                    raise
+                return absent(promise)
+            return self._core.entry(node, status, promise)
         finally:
             reach.release(directory)
 
-    def _enter(self, directory: Node, name: bytes) -> Outcome:
-        """What ``name`` stands for now, one lookup more of it."""
-        return self._enter_open(directory, name, self._reach.open_entry(directory, name))
+    def find(self, directory: Node, name: bytes, promise: Promise | None) -> tuple[Node, Status]:
+        """What ``name`` in ``directory``, which is acquired, stands for now; one lookup more of it."""
+        if promise is not None and promise.node is None:  # nothing is known by this name
+            return self._enter_open(directory, name, self._reach.open_entry(directory, name), promise)
+        status = linux.statx(directory.descriptor, name)
+        node = self._reach.known(directory, name, status)
+        if node is None:
+            return self._enter_open(directory, name, self._reach.open_entry(directory, name), promise)
+        if promise is not None and not self._promises.is_known(promise, node):
+            status = self._look_again(promise, node, status)
+        return node, status
 
-    def _enter_open(self, directory: Node | None, name: bytes, descriptor: int) -> Outcome:
-        """The same for a file that is open (O_PATH); ``descriptor`` is taken over."""
+    def _look_again(self, promise: Promise, node: Node, status: Status) -> Status:
+        """The first look at a file that is to be watched comes too early, or before it is known who writes it."""
+        try:
+            with self._reach.use(node.number):
+                self._core.see_writers(node)
+                if self._promises.found(promise, node):
+                    return linux.fstatx(node.descriptor)
+        except OSError:  # it is gone again: the lookup was in time
+            promise.attributes = None
+        except WouldWait:  # another thread will look it up
+            self._reach.forget(node.number, 1)
+            raise
+        return status
+
+    def _enter(self, directory: Node, name: bytes, promise: Promise | None) -> Outcome:
+        """What ``name`` stands for now, and is not known yet."""
+        descriptor = self._reach.open_entry(directory, name)
+        return self._core.entry(*self._enter_open(directory, name, descriptor, promise), promise)
+
+    def _enter_open(
+        self, directory: Node | None, name: bytes, descriptor: int, promise: Promise | None
+    ) -> tuple[Node, Status]:
+        """A file that is open (O_PATH), one lookup more of it; ``descriptor`` is taken over."""
         try:
             status = linux.fstatx(descriptor)
         except BaseException:
@@ -106,9 +141,15 @@ class NameOperations:
             raise
         node = self._reach.enter(directory, name, descriptor, status)
         try:
-            return self._core.entry(node, status)
+            return node, self._watched(node, status, promise)
         finally:
             self._reach.release(node)
+
+    def _watched(self, node: Node, status: Status, promise: Promise | None) -> Status:
+        """``status`` of ``node``, which is acquired; or, if it is watched from now on, a new one."""
+        if promise is not None and self._promises.found(promise, node):
+            return linux.fstatx(node.descriptor)
+        return status
 
     # --- making ------------------------------------------------------------------------------------
 
@@ -117,18 +158,26 @@ class NameOperations:
         if kind not in _MADE:
             raise failure(errno.EPERM if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) else errno.EINVAL)
         with self._core.directory(call.node, call.name) as directory:
+            promise = self._promises.look_into(directory)
             os.mknod(call.name, kind | stat.S_IMODE(call.mode), dir_fd=directory.descriptor)
-            return self._enter(directory, call.name)
+            return self._made(directory, call.name, promise)
 
     def make_directory(self, call: MakeDirectory, payload: object) -> Outcome:
         with self._core.directory(call.node, call.name) as directory:
+            promise = self._promises.look_into(directory)
             os.mkdir(call.name, stat.S_IMODE(call.mode), dir_fd=directory.descriptor)
-            return self._enter(directory, call.name)
+            made = self._made(directory, call.name, promise)
+            if promise is not None and promise.attributes is not None and promise.node is not None:
+                with contextlib.suppress(OSError), self._reach.use(promise.node.number) as node:
+                    # A program of the host may have been there before the mark.
+                    promise.empty = not os.listdir(linux.magic_link(node.descriptor))
+            return made
 
     def make_symlink(self, call: MakeSymlink, payload: object) -> Outcome:
         with self._core.directory(call.node, call.name) as directory:
+            promise = self._promises.look_into(directory)
             os.symlink(call.target, call.name, dir_fd=directory.descriptor)
-            return self._enter(directory, call.name)
+            return self._made(directory, call.name, promise)
 
     def make_link(self, call: MakeLink, payload: object) -> Outcome:
         """Of the file itself, through its descriptor: a symlink is linked, not followed."""
@@ -137,8 +186,17 @@ class NameOperations:
             self._core.changing(call.node) as node,
         ):
             source = linux.magic_link(node.descriptor)
+            promise = self._promises.look_into(directory)
             os.link(source, call.name, dst_dir_fd=directory.descriptor, follow_symlinks=True)
-            return self._enter(directory, call.name)
+            return self._made(directory, call.name, promise, node)
+
+    def _made(
+        self, directory: Node, name: bytes, promise: Promise | None, node: Node | None = None
+    ) -> Outcome:
+        """The guest has made ``name``, of ``node`` if that was there before."""
+        self._changed(directory, promise, node)
+        self._has_other_names(node)
+        return self._enter(directory, name, promise)
 
     def create(self, call: Create, payload: object) -> Outcome:
         """The file is made with O_EXCL: what exists (a FIFO, a device, a symlink) is never opened by name."""
@@ -155,12 +213,27 @@ class NameOperations:
 
     def _create_new(self, directory: Node, call: Create) -> Outcome:
         mode = stat.S_IMODE(call.mode)
+        promise = self._promises.look_into(directory)
         descriptor = self._reach.opening(
             lambda: os.open(call.name, _CREATE, mode, dir_fd=directory.descriptor)
         )
-        return self._enter_created(directory, call.name, descriptor)
+        self._changed(directory, promise)
+        if promise is not None and not self._is_still(directory, call.name, descriptor):
+            promise = None
+        return self._enter_created(directory, call.name, descriptor, promise)
 
-    def _enter_created(self, directory: Node | None, name: bytes, descriptor: int) -> Outcome:
+    @staticmethod
+    def _is_still(directory: Node, name: bytes, descriptor: int) -> bool:
+        """Whether the file that was just made has its name yet: a program of the host may have taken that."""
+        try:
+            found, made = linux.statx(directory.descriptor, name), linux.fstatx(descriptor)
+        except OSError:
+            return False
+        return (found.device, found.ino) == (made.device, made.ino)
+
+    def _enter_created(
+        self, directory: Node | None, name: bytes, descriptor: int, promise: Promise | None
+    ) -> Outcome:
         """``descriptor`` is of the new file, open for its data, and stays open for the writes that will follow."""
         try:
             held = self._reach.opening(lambda: linux.reopen(descriptor, os.O_PATH))
@@ -171,12 +244,13 @@ class NameOperations:
             raise
         try:
             self._core.files.adopt(node, descriptor)
-            return self._core.entry(node, status)
+            return self._core.entry(node, self._watched(node, status, promise), promise)
         finally:
             self._reach.release(node)
 
     def _take_existing(self, directory: Node, call: Create) -> Outcome:
         """The guest's kernel takes it for new, so it checks and truncates nothing: both are done here."""
+        promise = self._promises.look_into(directory)
         descriptor = self._reach.open_entry(directory, call.name)
         try:
             kind = linux.fstatx(descriptor).kind
@@ -189,7 +263,7 @@ class NameOperations:
         except BaseException:
             os.close(descriptor)
             raise
-        return self._enter_open(directory, call.name, descriptor)
+        return self._core.entry(*self._enter_open(directory, call.name, descriptor, promise), promise)
 
     def create_unnamed(self, call: CreateUnnamed, payload: object) -> Outcome:
         flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC | call.flags & os.O_EXCL
@@ -197,7 +271,7 @@ class NameOperations:
             descriptor = self._reach.opening(
                 lambda: os.open(b".", flags, stat.S_IMODE(call.mode), dir_fd=directory.descriptor)
             )
-            return self._enter_created(None, b"", descriptor)
+            return self._enter_created(None, b"", descriptor, None)
 
     # --- removing ----------------------------------------------------------------------------------
 
@@ -210,10 +284,27 @@ class NameOperations:
     def _remove(self, call: Unlink | RemoveDirectory, remove: Callable[..., None]) -> Outcome:
         with self._core.directory(call.node, call.name) as directory:
             self._check_unsealed(directory, call.name)
-            with self._holding(directory, call.name, loses=True):
+            promise = self._promises.look_into(directory)
+            with self._holding(directory, call.name, loses=True) as node:
                 remove(call.name, dir_fd=directory.descriptor)
+                self._changed(directory, promise, node)
                 self._reach.removed(directory, call.name)
-        return Outcome(Done())
+                self._has_other_names(node)
+        return Outcome(Removed(), promise=promise)
+
+    def _changed(self, directory: Node, promise: Promise | None, node: Node | None = None) -> None:
+        """The guest has made or removed a name in the directory, of ``node`` if that is known. Its kernel asks for the
+        directory's attributes after each of these."""
+        self._promises.changed(promise, node)
+        if promise is not None:
+            with contextlib.suppress(OSError):  # what was done is done
+                promise.above = self._core.attr(linux.fstatx(directory.descriptor))
+
+    def _has_other_names(self, node: Node | None) -> None:
+        """The guest has taken a name from a file, or given it one. Its agent does not know that the list of another
+        directory, which it may yet pass on to its kernel, tells of this file, too."""
+        if node is not None and node.listed and node.links:
+            self._core.renew(node)
 
     def rename(self, call: Rename, payload: object) -> Outcome:
         if call.flags not in (0, linux.RENAME_NOREPLACE, linux.RENAME_EXCHANGE):
@@ -225,18 +316,43 @@ class NameOperations:
         ):
             self._check_unsealed(old, call.name)
             self._check_unsealed(new, call.new_name)
-            with self._holding(old, call.name), self._holding(new, call.new_name, loses=not call.flags):
+            promise = self._promises.look_into(new)
+            other = promise if old is new else self._promises.look_into(old)
+            with (
+                self._holding(old, call.name) as node,
+                self._holding(new, call.new_name, loses=not call.flags) as replaced,
+            ):
                 linux.renameat2(old.descriptor, call.name, new.descriptor, call.new_name, call.flags)
+                self._promises.changed(promise, node, replaced)
+                if old is not new:
+                    self._promises.changed(other)
                 self._reach.moved(old, call.name, new, call.new_name, exchange=exchange)
-        return Outcome(Done())
+                if not exchange:
+                    self._has_other_names(replaced)
+                stands = promise is not None and self._stands_for(new, call.new_name, node)
+                if exchange:
+                    stands = stands and other is not None and self._stands_for(old, call.name, replaced)
+        if exchange and promise is not None and other is not None and other is not promise:
+            promise.other, promise.other_names = other.directory, other.names
+        number = 0 if node is None else node.number
+        files = node is not None and node.kind != stat.S_IFDIR and not exchange
+        return Outcome(Renamed(number, files=files), promise=promise if stands else None)
+
+    def _stands_for(self, directory: Node, name: bytes, node: Node | None) -> bool:
+        """Whether what the guest has just given ``name`` still has it: a program of the host may have been faster."""
+        try:
+            status = linux.statx(directory.descriptor, name)
+        except OSError:
+            return False
+        return node is not None and self._reach.devices.is_key(node.key, status)
 
     @contextlib.contextmanager
-    def _holding(self, directory: Node, name: bytes, *, loses: bool = False) -> Iterator[None]:
+    def _holding(self, directory: Node, name: bytes, *, loses: bool = False) -> Iterator[Node | None]:
         """Hold the file that is about to lose ``name``, and with it the way to what is below. ``loses``: it gets no
         other for it."""
         node = self._reach.victim(directory, name, loses=loses)
         try:
-            yield
+            yield node
         finally:
             if node is not None:
                 self._reach.spare(node)
@@ -272,7 +388,7 @@ class NameOperations:
         with self._reach.use_directory(call.node) as directory:
             snapshot = self._core.snapshots.get(stream) if call.after else None
             if snapshot is None:
-                snapshot = self._take_snapshot(directory)
+                snapshot = self.take_snapshot(directory)
             records, names, end = snapshot.piece(call.after, snapshots.PIECE)
             attributes = b""
             if call.attributes and len(names) > MAX_LISTED_WITH_ATTRIBUTES:
@@ -285,13 +401,15 @@ class NameOperations:
         else:
             self._core.snapshots.keep(stream, snapshot)
         assert len(records) + len(attributes) <= MAX_FILES_PAYLOAD
-        return Outcome(Listing(len(records), end), records + attributes)
+        return Outcome(Listing(len(records), end), records + attributes, snapshot.promise)
 
-    def _take_snapshot(self, directory: Node) -> snapshots.Snapshot:
+    def take_snapshot(self, directory: Node) -> snapshots.Snapshot:
+        """The directory, which is acquired, as it is now. Raises ENOTDIR."""
         if directory.kind != stat.S_IFDIR:
             raise failure(errno.ENOTDIR)
         if directory.sealed:
             return snapshots.take((), int)
+        promise = self._promises.look_into(directory)
         device = directory.key[0]
         flags = os.O_RDONLY | os.O_DIRECTORY
         descriptor = self._reach.opening(lambda: linux.reopen(directory.descriptor, flags))
@@ -299,7 +417,7 @@ class NameOperations:
             entries = linux.read_directory(descriptor)
         finally:
             os.close(descriptor)
-        return snapshots.take(entries, lambda ino: self._core.inode(device, ino))
+        return snapshots.take(entries, lambda ino: self._core.inode(device, ino), promise)
 
     def _attr_of(self, directory: Node, name: bytes) -> bytes:
         try:
@@ -307,6 +425,12 @@ class NameOperations:
         except OSError:
             return _NO_ATTRIBUTES
         return self._core.attr(status)
+
+
+def absent(promise: Promise) -> Outcome:
+    """There is no such name: ENOENT, if that cannot be promised after all."""
+    promise.node = promise.attributes = None
+    return Outcome(Entry(0, b""), promise=promise)
 
 
 def _record_size(name: bytes) -> int:

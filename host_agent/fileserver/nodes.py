@@ -15,6 +15,7 @@ import itertools
 import threading
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from host_agent.fileserver.linux import failure
@@ -22,6 +23,7 @@ from protocol.files import ROOT
 
 if TYPE_CHECKING:
     from host_agent.fileserver.datafiles import OpenFile
+    from host_agent.fileserver.watches import Watch
 
 Key: TypeAlias = tuple[int, int, int]
 """An ``Identity`` as a plain tuple: what a dict of nodes is asked for on every lookup."""
@@ -76,6 +78,14 @@ class Recorder(Protocol):
         """The guest now holds this many lookups of the node. 0: it is forgotten."""
 
 
+class Shared(IntEnum):
+    """Whether programs of the host have a file open for writing. Promised is only what is shared with nobody."""
+
+    WITH_NOBODY = 0
+    PERHAPS = 1  # this process has it open for writing itself, or the kernel does not say
+    WITH_WRITERS = 2
+
+
 class Node:
     """One file that the guest has a number for. The fields belong to the module named beside them."""
 
@@ -86,11 +96,16 @@ class Node:
         "dead",
         "descriptor",
         "doubt",
+        "given",
+        "heard",
         "idle",
         "key",
         "kind",
+        "last",
         "links",
+        "listed",
         "lock",
+        "locked",
         "lookups",
         "lost",
         "number",
@@ -98,9 +113,12 @@ class Node:
         "reader",
         "retired",
         "sealed",
+        "shared",
         "shelved",
         "told",
         "uses",
+        "version",
+        "watch",
         "writer",
     )
 
@@ -110,6 +128,7 @@ class Node:
         self.kind = kind  # S_IFMT of the mode; 0 until a restored node has been seen
         self.sealed = sealed  # a directory whose content the guest must not see
         self.links: tuple[Link, ...] = ()
+        self.last: Link | None = None  # of a dead one: where it may still be
         self.lookups = 0
         self.below = 0  # names in the table that have this node as their directory
         self.shelved = False  # forgotten, and only kept because of what is below
@@ -125,11 +144,31 @@ class Node:
         # signatures: of the data that the guest was given
         self.base: tuple[int, ...] | None = None
         self.doubt = False
+        self.heard: int | None = None
         self.told = -1  # signatures.UNKNOWN
-        # datafiles: open for data
+        # watches: its own
+        self.watch: Watch | None = None
+        self.version = 0
+        # promises: what the guest was promised (a number for it; 0: nothing), whether that was told by the list of a
+        # directory, and whether others may be writing it
+        self.given = 0
+        self.listed = False
+        self.shared = Shared.WITH_NOBODY
+        # datafiles: open for data, and whether it ever was for a lock
         self.reader: OpenFile | None = None
         self.writer: OpenFile | None = None
+        self.locked = False
         self.lock = threading.Lock()  # one writer at a time: a write is compared with what was before it
+
+
+next_version: Final = itertools.count(1).__next__
+
+
+def move(node: Node) -> int:
+    """What was read of the node before now cannot be promised any more (``watches``). Its new version, which is nobody
+    else's, whichever threads do this at once."""
+    version = node.version = next_version()
+    return version
 
 
 class NodeTable:
@@ -150,6 +189,9 @@ class NodeTable:
         self.dropped: list[
             Node
         ] = []  # gone from the table; whoever called takes them and closes what they have open
+        self.outdated: list[tuple[Link, Node]] = []
+        """Names that are not in the table any more, though the guest may know them, and was not told. Whoever called
+        takes them and has that done."""
 
     def is_sealed(self, key: Key) -> bool:
         return (key[0], key[1]) in self._sealed
@@ -184,6 +226,7 @@ class NodeTable:
             self.unname(link)
         for other in self._superseded(node, only):
             self.unname(other)
+            self.outdated.append((other, node))
         self.by_name[link] = node
         node.links = (*node.links, link)
         self._recorder.node(node.number, directory.number, name, Identity(*node.key))
@@ -236,7 +279,7 @@ class NodeTable:
 
     def _drop(self, node: Node) -> tuple[Link, ...]:
         """Out of the table. The names it had."""
-        links, node.links = node.links, ()
+        links, node.links, node.last = node.links, (), node.links[-1] if node.links else None
         for link in links:
             del self.by_name[link]
         del self.by_number[node.number]

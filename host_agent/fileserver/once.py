@@ -12,6 +12,7 @@ Everything here belongs to one thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Generic, TypeVar
@@ -20,7 +21,7 @@ from zlib import crc32
 import msgpack
 
 from host_agent.fileserver.ledger import Answer, CallKey, Intent, Ledger, Recent
-from protocol.files import Lookup
+from protocol.files import ListEntries, Lookup
 
 AskerT = TypeVar("AskerT")
 
@@ -98,12 +99,12 @@ class Glimpses:
     """The nodes that the last lookups have counted, in case one of them is asked for again."""
 
     def __init__(self) -> None:
-        self._seen: Recent[CallKey, tuple[Lookup, int]] = Recent()
+        self._seen: Recent[CallKey, tuple[Lookup | ListEntries, Sequence[int]]] = Recent()
 
-    def remember(self, call: Lookup, node: int) -> None:
-        self._seen.remember((call.share, call.unique), (call, node))
+    def remember(self, call: Lookup | ListEntries, nodes: Sequence[int]) -> None:
+        self._seen.remember((call.share, call.unique), (call, nodes))
 
-    def take(self, call: Lookup) -> int:
-        """The node that was counted when this very question was asked before; 0 if it was not."""
-        before, node = self._seen.pop((call.share, call.unique), (None, 0))
-        return node if before == call else 0
+    def take(self, call: Lookup | ListEntries) -> Sequence[int]:
+        """The nodes that were counted when this very question was asked before; none if it was not."""
+        before, nodes = self._seen.pop((call.share, call.unique), (None, ()))
+        return nodes if before == call else ()

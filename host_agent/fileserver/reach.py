@@ -25,6 +25,7 @@ from host_agent.fileserver.nodes import Key, Link, Node, NodeTable, Recorder, Re
 from host_agent.fileserver.registry import Registry, close_all
 from host_agent.fileserver.sweep import Sweep
 from host_agent.fileserver.walk import Walk
+from protocol.files import ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ class Reach:
         self.opening = self.registry.opening
         self.key = self.devices.key
         self.sweep = Sweep(self.registry).look
+        self.on_other_root: Callable[[list[tuple[bytes, Node]]], None] = lambda names: None
+        """Told when the root is another directory, or none, with what was known in it."""
+        self.on_outdated: Callable[[list[tuple[Link, Node]]], None] = lambda names: None
+        """Told of names that stand for nothing any more, or for something else: a program of the host has moved a
+        directory, and it was found by its new name before that was heard of."""
 
     @property
     def nodes(self) -> int:
@@ -95,11 +101,15 @@ class Reach:
         with self._lock:
             return self._table.by_number.get(number)
 
+    def named(self, directory: Node, name: bytes) -> Node | None:
+        """What the table has by this name, not acquired."""
+        with self._lock:
+            return self._table.by_name.get((directory.number, name))
+
     def is_named(self, directory: Node, name: bytes, key: Key) -> bool:
         """Does the table have this file by this name?"""
-        with self._lock:
-            node = self._table.by_name.get((directory.number, name))
-            return node is not None and node.key == key
+        node = self.named(directory, name)
+        return node is not None and node.key == key
 
     def hold(self, node: Node) -> None:
         """One use more, of a node that the caller has acquired."""
@@ -112,8 +122,7 @@ class Reach:
         ``loses``: it gets no other name. If it has none left, a successor must have the file even if we are killed
         right after the name went.
         """
-        with self._lock:
-            node = self._table.by_name.get((directory.number, name))
+        node = self.named(directory, name)
         if node is None:
             return None
         try:
@@ -163,9 +172,12 @@ class Reach:
                     closing += self._pin(node)
                 self._table.count(node)
                 dropped = self.registry.take_dropped()
+                outdated, self._table.outdated = self._table.outdated, []
         finally:
             close_all(closing)
         self.registry.bury(dropped)
+        if outdated:
+            self.on_outdated(outdated)
         return node
 
     def removed(self, directory: Node, name: bytes) -> None:
@@ -208,23 +220,36 @@ class Reach:
         except BaseException:
             os.close(descriptor)
             raise
+        root = self._table.root
+        replaced = root.key != key
+        other = replaced and root.key[1] != 0
+        if other:
+            self.registry.unwatch(root, root.descriptor, b"")
         with self._lock:
-            root = self._table.root
-            replaced = root.key != key
-            abandoned = self._table.abandon() if replaced and root.key[1] else []
+            names = self._names_in_root() if other else []
+            abandoned = self._table.abandon() if other else []
             closing = [descriptor] if not replaced and root.descriptor >= 0 else self._swap_root(descriptor)
             if replaced:
                 self._table.root_is(key, status.kind)
         close_all(closing)
         self.registry.bury(abandoned)
+        if other:
+            self.on_other_root(names)
         return replaced
+
+    def _names_in_root(self) -> list[tuple[bytes, Node]]:
+        return [(name, node) for (parent, name), node in self._table.by_name.items() if parent == ROOT]
 
     def lose_root(self, number: int) -> None:
         """There is no shared folder: what needs it fails with the errno ``number``."""
         with self._lock:
             self.registry.root_errno = number
+            lost = self._table.root.descriptor >= 0
+            names = self._names_in_root() if lost else []
             closing = self._swap_root(-1)
         close_all(closing)
+        if lost:
+            self.on_other_root(names)
 
     def _swap_root(self, descriptor: int) -> list[int]:
         root = self._table.root
@@ -234,6 +259,11 @@ class Reach:
         return [] if root.uses else self._held.let_go(root)
 
     # --- all at once -------------------------------------------------------------------------------
+
+    def everything(self) -> tuple[list[Node], list[tuple[Link, Node]]]:
+        """All nodes, none of them acquired, and all names."""
+        with self._lock:
+            return list(self._table.by_number.values()), list(self._table.by_name.items())
 
     def restore(self, nodes: Iterable[RestoredNode]) -> None:
         nodes = list(nodes)

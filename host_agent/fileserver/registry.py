@@ -35,6 +35,8 @@ class Registry:
         self.close_data: Callable[[Node], None] = lambda node: None
         self.shed_data: Callable[[], None] = lambda: None
         self.trim_data: Callable[[], None] = lambda: None
+        # Takes the mark of a dead node away, by a descriptor of it, or of a directory and its name there, or -1.
+        self.unwatch: Callable[[Node, int, bytes], None] = lambda node, descriptor, name: None
         self._budget = budget
         budget.join(self)
 
@@ -47,6 +49,7 @@ class Registry:
             closing = self.held.let_go(node)
         if node.dead:
             self.keepsakes.give_up_node(node.number)
+            self._unwatch(node, closing)
         close_all(closing)
 
     def take_dropped(self) -> list[Node]:
@@ -60,8 +63,35 @@ class Registry:
             self.close_data(node)
             self.keepsakes.give_up_node(node.number)
             with self.lock:
-                closing = [] if node.uses else self.held.let_go(node)
+                if node.uses:
+                    continue  # ``release``
+                closing = self.held.let_go(node)
+            self._unwatch(node, closing)
             close_all(closing)
+
+    def _unwatch(self, node: Node, descriptors: list[int]) -> None:
+        """``descriptors`` are what it had. Without one, its mark is reached by its last name."""
+        if node.watch is None:
+            return
+        if descriptors or (directory := self._last_directory(node)) is None:
+            self.unwatch(node, descriptors[-1] if descriptors else -1, b"")
+            return
+        try:
+            assert node.last is not None
+            self.unwatch(node, directory.descriptor, node.last[1])
+        finally:
+            self.release(directory)
+
+    def _last_directory(self, node: Node) -> Node | None:
+        """That in which it had its last name, with one use more; None if that is not held."""
+        if node.last is None:
+            return None
+        with self.lock:
+            directory = self.table.by_number.get(node.last[0])
+            if directory is None or directory.descriptor < 0:
+                return None
+            self.held.use(directory)
+            return directory
 
     # --- so that there are not too many ------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from host_agent.fileserver import linux
 from host_agent.fileserver.core import Core
+from host_agent.fileserver.prompt import Disk
 from protocol.files import ROOT
 
 
@@ -48,6 +49,8 @@ class Root:
         self._adopted: tuple[int, int, int] | None = None
         self.stage = Stage.MISSING
         self.reason = ""
+        self.disk: Disk | None = None
+        """What the folder is on; another object whenever that may be something else."""
 
     def check(self) -> bool:
         """Look again; True if anything is different now."""
@@ -57,7 +60,7 @@ class Root:
             replaced = self._adopt()
         except OSError as error:
             replaced = False
-            self._adopted = None
+            self._adopted = self.disk = None
             self._core.reach.lose_root(error.errno or errno.EIO)
             self._describe(_STAGES.get(error.errno or 0, Stage.MISSING), error)
         return replaced or before != (self.stage, self.reason)
@@ -68,7 +71,7 @@ class Root:
             status = linux.fstatx(descriptor)
             if not stat.S_ISDIR(status.mode):
                 raise linux.failure(errno.ENOTDIR)
-            self._seal(status)
+            self._seal(status, descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -81,12 +84,14 @@ class Root:
             self._describe(Stage.DENIED, linux.failure(errno.EACCES))
         return replaced
 
-    def _seal(self, status: linux.Status) -> None:
+    def _seal(self, status: linux.Status, descriptor: int) -> None:
         """Before the first guest gets to see what is below it: with another root, what is to be hidden is another."""
         identity = (status.device, status.ino, status.birth_ns())
         if identity != self._adopted:
             self._core.seal()
-            self._adopted = identity
+            self._adopted, self.disk = identity, None
+        if self.disk is None:
+            self.disk = Disk(status.device, linux.filesystem_type(descriptor))
 
     def _walk(self) -> int:
         """An O_PATH descriptor of what is at the path; ENOTDIR where a symlink is on the way."""

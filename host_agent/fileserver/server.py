@@ -10,6 +10,7 @@ The laws:
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Final
 import trio
 
 from host_agent.client import hello
+from host_agent.fileserver import prompt
 from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.calls import Calls
 from host_agent.fileserver.control import (
@@ -33,12 +35,24 @@ from host_agent.fileserver.control import (
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.ledger import Kind, Ledger
+from host_agent.fileserver.mountwatch import MountWatch, concerns
 from host_agent.fileserver.nodes import Link as NameLink
+from host_agent.fileserver.renewal import Found
+from host_agent.fileserver.retractions import Retraction
 from host_agent.fileserver.shares import Share
+from host_agent.fileserver.watches import Changes, Watches
+from host_agent.fileserver.workers import Completions
 from host_agent.guest_link import GuestLink
 from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, RpcError
-from protocol.files import MAX_FILES_PAYLOAD, MountReports, MountShares, MountStage, NamesGone
+from protocol.files import (
+    MAX_FILES_PAYLOAD,
+    MountReports,
+    MountShares,
+    MountStage,
+    NamesGone,
+    shares_in_use,
+)
 from protocol.files import Share as MountedShare
 from protocol.lane import Lane
 from protocol.link import Link, Service
@@ -83,6 +97,10 @@ class FileServer:
         self._budget = Budget()
         self._shares: dict[int, Share] = {}
         self._lane = Lane()
+        self._watches = Watches(self._lane, self._on_changes, self._on_void)
+        self._retractions: Completions[tuple[Share, Retraction]] = Completions(self._retract, self._lane)
+        self._renewals: Completions[tuple[Share, Link, Found]] = Completions(self._renew_found, self._lane)
+        self._mount_watch = MountWatch(self._lane, self._on_mounts, self._on_sleep)
         self._calls = Calls(journal, self._shares, bulk, self._lane)
         self._boot_id: str | None = None  # of the guest that was here last
         self._link: Link | None = None  # the session, from before its shares are mounted
@@ -140,6 +158,10 @@ class FileServer:
         for each in workers:
             await trio.to_thread.run_sync(each.wait_closed, LAST_CALLS, abandon_on_cancel=True)
         self._calls.close()
+        self._retractions.close()
+        self._renewals.close()
+        self._mount_watch.close()
+        self._watches.close()
         self._lane.close()
 
     # --- the guest ---------------------------------------------------------------------------------
@@ -156,6 +178,9 @@ class FileServer:
                 self._told = -1
                 while self._told != self._listed:
                     await self._mount(link)
+            for share in self._shares.values():
+                share.telling.begin_session(link)
+            self._judge()
         except BaseException:
             self._on_down()
             raise
@@ -177,6 +202,9 @@ class FileServer:
                 past = Ledger()
             self._calls.begin_guest(past)
             self._boot_id = boot_id
+        in_use = shares_in_use(link.peer.capabilities)
+        for number in [] if in_use is None else self._shares.keys() - in_use:
+            self._begin_anew(number, past)
         for number, share in self._shares.items():
             share.resume(past.nodes.get(number), past.locks.get(number))
         for number in (past.nodes.keys() | past.locks.keys()) - self._shares.keys():
@@ -185,6 +213,18 @@ class FileServer:
         self._journal.restored = Ledger()  # it has served its purpose, and is large
         self._link = link
         self._calls.begin_session(link)
+
+    def _begin_anew(self, number: int, past: Ledger) -> None:
+        """No mount of a share is left in the guest: what was known of its files, and promised, ends here. A kernel that
+        unmounts forgets no nodes, so else all would be kept, and said to be stale in the mount that comes."""
+        known = [past.nodes.pop(number, None), past.locks.pop(number, None)]
+        share = self._shares[number]
+        if share.calls:
+            share.close(for_good=True)
+            self._calls.drop(number)
+            self._shares[number] = self._open(share.folder)
+        if share.calls or any(known):
+            self._journal.add(Kind.DROPPED, number)
 
     def _renew(self, boot_id: str) -> None:
         """Nothing of the guest before is left."""
@@ -239,11 +279,14 @@ class FileServer:
             with trio.move_on_after(FIRST_LOOK):
                 for share in opened:
                     await share.wait_opened()
+            self._judge()
         return self._states()
 
     def _replace(self, folders: dict[int, SharedFolder]) -> list[Share]:
         """Serve ``folders``, in this order; those that did not change go on as they are. Returns the new ones."""
         before = dict(self._shares)
+        for known in before.values():  # who comes may be on another disk
+            known.may_be_prompt_on(None)
         self._shares.clear()
         opened = []
         for number, folder in folders.items():
@@ -263,9 +306,66 @@ class FileServer:
         return opened
 
     def _open(self, folder: SharedFolder) -> Share:
-        share = Share(folder, self._journal, self._hidden, self._keepsakes.of(folder.id), self._budget)
+        share = Share(
+            folder,
+            self._journal,
+            self._hidden,
+            self._keepsakes.of(folder.id),
+            self._budget,
+            self._watches,
+            lambda share, retraction: self._retractions.put((share, retraction)),
+            lambda share, link, found: self._renewals.put((share, link, found)),
+        )
         self._nursery.start_soon(share.tend, self._to_announce.unpark_all, self._tell_gone)
         return share
+
+    def _on_changes(self, watched_as: int, changes: Changes) -> None:
+        """Take back what was promised."""
+        if (link := self._link) is not None:
+            for share in self._shares.values():
+                if share.watched_as == watched_as:
+                    share.telling.changed(link, changes)
+
+    def _retract(self, retractions: list[tuple[Share, Retraction]]) -> None:
+        if (link := self._link) is not None:
+            for share, retraction in retractions:
+                share.telling.tell(link, retraction)
+
+    def _renew_found(self, renewals: list[tuple[Share, Link, Found]]) -> None:
+        self._journal.flush()  # nodes may be new
+        for share, link, found in renewals:
+            if self._shares.get(share.folder.id) is share:  # else its threads may have ended
+                share.telling.renew(self._link, link, found)
+
+    def _on_void(self, reason: str) -> None:
+        """Nothing that was promised stands any more. Without a session nobody has a promise."""
+        logger.info("what the guest was told is looked at again: %s", reason)
+        if self._link is not None:
+            for share in self._shares.values():
+                share.telling.void()
+            self._to_announce.unpark_all()
+
+    def _on_mounts(self, points: frozenset[bytes]) -> None:
+        """Filesystems were mounted or unmounted. What is watched in one that goes is not any more, without a word."""
+        concerned = [
+            share for share in self._shares.values() if concerns(points, os.fsencode(share.folder.host_path))
+        ]
+        for share in concerned:
+            share.may_be_prompt_on(None)
+            self._watches.forget_share(share.watched_as)
+        if concerned:
+            self._watches.void("mounts have changed")
+
+    def _judge(self) -> None:
+        """Which shares are prompt, as long as they are what they are now."""
+        disks = {share: share.disk for share in self._shares.values()}
+        ready = prompt.harmless(disks)
+        for share, disk in disks.items():
+            below = self._mount_watch.is_below(os.fsencode(share.folder.host_path))
+            share.may_be_prompt_on(disk if share in ready and not below else None)
+
+    def _on_sleep(self, seconds: float) -> None:
+        self._watches.void(f"the host has slept for {seconds:.0f} s")
 
     def _tell_gone(self, number: int, names: list[NameLink]) -> None:
         """Have the guest drop names. Without a session it forgets them in its own time."""
@@ -306,6 +406,8 @@ class FileServer:
         """Keep the journal small, the store up to date, and what waits behind a dead disk going."""
         while True:
             await trio.sleep(LOOK_INTERVAL)
+            self._watches.look()
+            self._judge()
             for share in self._shares.values():
                 share.workers.relieve()
             self._keepsakes.flush()
@@ -319,4 +421,4 @@ class FileServer:
 
 def _telling(state: ShareState) -> object:
     """What of a state is worth an announcement."""
-    return state.id, state.stage, state.guest, state.reason, state.hint
+    return state.id, state.stage, state.guest, state.reason, state.hint, state.revalidating

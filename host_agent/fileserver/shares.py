@@ -10,6 +10,7 @@ The laws:
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import threading
@@ -20,23 +21,47 @@ from typing import Any, Final, NamedTuple
 
 import trio
 
+from host_agent.fileserver import prompt
 from host_agent.fileserver.budget import Budget
 from host_agent.fileserver.control import GuestStage, SharedFolder, ShareStage, ShareState
+from host_agent.fileserver.datafiles import AFTER_WRITE
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.keepsakes import Inherited, Name, ShareKeepsakes
 from host_agent.fileserver.ledger import Kind, LockRecord, NodeRecord
 from host_agent.fileserver.locks import HostLocks
-from host_agent.fileserver.nodes import Identity, Link, RestoredNode
+from host_agent.fileserver.nodes import Identity, RestoredNode
+from host_agent.fileserver.nodes import Link as NameLink
+from host_agent.fileserver.promises import Promise
+from host_agent.fileserver.prompt import Disk
+from host_agent.fileserver.renewal import Found
+from host_agent.fileserver.retractions import Retraction
+from host_agent.fileserver.telling import Telling
 from host_agent.fileserver.tree import Outcome, Stage, Tree
-from host_agent.fileserver.workers import Workers
-from protocol.files import FileCall, Flushed, OpenForLocks, Release, ReleaseOwner, SetLock, TestLock
+from host_agent.fileserver.watches import Watches
+from host_agent.fileserver.workers import Workers, without_waiting
+from protocol.files import (
+    Allocate,
+    CopyRange,
+    Create,
+    CreateUnnamed,
+    FileCall,
+    OpenForLocks,
+    Release,
+    ReleaseOwner,
+    SetAttributes,
+    SetLock,
+    TestLock,
+    Write,
+)
+from protocol.link import Link
 
 logger = logging.getLogger(__name__)
 
 #: Seconds between two looks at a root.
 ROOT_INTERVAL: Final = 1.0
-#: Seconds after ``Flushed`` until the file's writer may be closed (the tree's own rule), and a little more.
-FLUSH_DELAY: Final = 0.11
+#: Calls after which a writer may be open, and after how many seconds it is idle (``datafiles``), and a little more.
+WRITING: Final = frozenset({Create, CreateUnnamed, Write, SetAttributes, Allocate, CopyRange})
+CLOSING_DELAY: Final = AFTER_WRITE + 0.01
 #: Seconds without an answer of the disk after which a user is told.
 SILENCE: Final = 5.0
 #: Milliseconds by which two clocks may differ before a user is told: make(1) compares times to the second.
@@ -78,12 +103,16 @@ class _ShareRecorder:
         self._add(Kind.COUNTED, self._share, node, lookups)
 
 
+_numbers: Final = itertools.count(1)
+"""By which a share is watched: its id may be another's as long as what is still asked of the one before it is done."""
+
+
 class _Tended(NamedTuple):
     """When to come again (``time.monotonic``), whether something has changed, and names to be dropped."""
 
     due: float
     news: bool = False
-    gone: list[Link] = []  # noqa: RUF012 (never changed)
+    gone: list[NameLink] = []  # noqa: RUF012 (never changed)
 
 
 class Share:
@@ -96,13 +125,20 @@ class Share:
         hidden: list[str],
         keepsakes: ShareKeepsakes,
         budget: Budget | None = None,
+        watches: Watches | None = None,
+        tell: Callable[[Share, Retraction], None] = lambda share, retraction: None,
+        renew: Callable[[Share, Link, Found], None] = lambda share, link, found: None,
     ) -> None:
-        """``hidden`` are paths of directories that the guest sees empty, ``budget`` is that of all shares."""
+        """``hidden`` are paths of directories that the guest sees empty, ``budget`` and ``watches`` are those of all
+        shares; without watches, nothing is promised. ``tell`` is called, in any thread, with what the guest is to be
+        told of, and ``renew`` with how it is now."""
         self.folder = folder
+        self.watched_as = next(_numbers)
         self.workers = Workers(f"share-{folder.id:08x}")
         # Apart from the calls: those wait for what is done here first.
         self._housekeeper = Workers(f"house-{folder.id:08x}", 1, 1)
         self.calls = 0
+        self.bytes_read = self.bytes_written = 0
         self.guest = GuestStage.WAITING
         self.guest_reason = ""
         self.clock_skew_ms = 0
@@ -110,6 +146,11 @@ class Share:
         self._hidden = hidden
         self._keepsakes = keepsakes
         self._budget = budget or Budget()
+        self._watches = watches
+        self._retract = partial(tell, self)
+        self.telling = Telling(
+            folder.id, self._submit_ready, self._retract, partial(renew, self), self._look_at_once
+        )
         self._for_good = False
         self._tree: Tree | None = None
         self._locks: HostLocks | None = None
@@ -117,6 +158,8 @@ class Share:
         self._asked_at: float | None = None  # since when the disk owes tend() an answer
         self._nap = trio.CancelScope()
         self._closed = False
+        self._prompt_on: Disk | None = None
+        self._slow_until = 0.0
         self._housekeeper.submit(self._open)
 
     def _open(self) -> None:
@@ -129,7 +172,11 @@ class Share:
                 next_node=self._journal.next_node,
                 keepsakes=self._keepsakes,
                 budget=self._budget,
+                share=self.watched_as,
+                watches=self._watches,
+                retract=self._retract,
             )
+            self.telling.tree = self._tree
             self._locks = self._host_locks(None, {})
         finally:
             self._opened.set()
@@ -150,6 +197,8 @@ class Share:
         Calls that come from now on wait until that is taken in, and the descriptors that it kept.
         """
         self._ready.clear()
+        if nodes:
+            self.telling.inherit()
         kept = self._keepsakes.claim()
         self._housekeeper.submit(lambda: self._resume(nodes or {}, locks, kept))
 
@@ -179,6 +228,8 @@ class Share:
     def _let_go(self) -> None:
         if self._locks is not None:
             self._locks.close()
+        if self._watches is not None:
+            self._watches.forget_share(self.watched_as)
         if self._tree is not None:
             self._tree.close()
         if self._for_good:
@@ -199,6 +250,44 @@ class Share:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return self._tree
 
+    @property
+    def disk(self) -> Disk | None:
+        """What the folder is on, if it was found. Never waits."""
+        return None if self._tree is None else self._tree.disk
+
+    def may_be_prompt_on(self, disk: Disk | None) -> None:
+        """Small calls may be done at once (``prompt``) for as long as the folder is what is on this disk."""
+        self._prompt_on = disk
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether a small call may be done at once now."""
+        return (
+            self._prompt_on is not None
+            and self._prompt_on is self.disk
+            and self.workers.is_idle
+            and self._ready.is_set()
+            and time.monotonic() >= self._slow_until
+        )
+
+    def do_at_once(self, function: Callable[[], object]) -> None:
+        """Do something small in trio's thread, if the share ``is_prompt``. Raises ``WouldWait``."""
+        start, waits = time.monotonic(), prompt.waits()
+        try:
+            without_waiting(function)
+        finally:
+            end = time.monotonic()
+            if end - start >= prompt.SLOW and prompt.waits() > waits:
+                self._slow_until = end + prompt.PAUSE * (end - start)
+
+    def _look_at_once(self, function: Callable[[], object]) -> bool:
+        """The same unless threads have to, and write down what came of it; whether it was done."""
+        if not self.is_prompt:
+            return False
+        self.do_at_once(function)
+        self._journal.flush()
+        return True
+
     def lock(self, call: FileCall[Any]) -> Outcome:
         """Do one of ``LOCK_CALLS``. Raises ``OSError``."""
         self.wait_ready()
@@ -211,14 +300,27 @@ class Share:
         if self._tree is not None:
             self._tree.alarm_told(node)
 
+    def _submit_ready(self, function: Callable[[], object]) -> None:
+        """Have ``function`` run as if it were a call."""
+
+        def work() -> None:
+            self.wait_ready()
+            function()
+
+        self.workers.submit(work)
+
+    def promised(self, result: object, promise: Promise) -> int:
+        """What can be promised of an answer that is about to be sent. In trio's thread."""
+        return 0 if self._tree is None else self._tree.promised(result, promise)
+
     # --- housekeeping ------------------------------------------------------------------------------
 
     def noticed(self, call: FileCall[Any]) -> None:
         """``call`` was done: there may be something to close soon."""
-        if type(call) is Flushed:
-            self._nap.deadline = min(self._nap.deadline, trio.current_time() + FLUSH_DELAY)
+        if type(call) in WRITING and (soon := trio.current_time() + CLOSING_DELAY) < self._nap.deadline:
+            self._nap.deadline = soon
 
-    async def tend(self, changed: Callable[[], object], gone: Callable[[int, list[Link]], None]) -> None:
+    async def tend(self, changed: Callable[[], object], gone: Callable[[int, list[NameLink]], None]) -> None:
         """Look after the folder until ``close``: its root once a second, and what is idle.
 
         ``changed`` is called when the state has changed, ``gone`` with the share's id and names that the guest
@@ -291,6 +393,10 @@ class Share:
             lost,
             self.calls,
             self.clock_skew_ms,
+            self.telling.revalidating,
+            self._unwatched,
+            self.bytes_read,
+            self.bytes_written,
         )
 
     def _explain(self, stage: ShareStage, reason: str) -> tuple[str, str]:
@@ -305,7 +411,14 @@ class Share:
             direction = "ahead of" if self.clock_skew_ms > 0 else "behind"
             reason = f"The VM's clock is {abs(self.clock_skew_ms) / 1000:.1f} s {direction} the host's."
             return reason, "make may build too much or too little."
+        if self._watches is not None and self._unwatched:
+            reason = "Programs in the VM are slower here: it uses more files than the host's kernel watches."
+            return reason, f"Let the kernel watch more: {self._watches.limit_hint}"
         return reason, ""
+
+    @property
+    def _unwatched(self) -> int:
+        return 0 if self._watches is None else self._watches.unwatched(self.watched_as)
 
 
 def _restored(nodes: dict[int, NodeRecord], kept: Inherited) -> list[RestoredNode]:

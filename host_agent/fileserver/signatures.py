@@ -12,6 +12,9 @@ question that came after it. A false alarm costs one more read; it is never avoi
   different. How soon that is, ``devices`` says for each filesystem; of those it does not know it is always.
 - A write of the guest's own is signed afterwards and always leaves a doubt: somebody else may have written
   between that and the look before it. Writes pass the doubt on, so a long stream of them causes one alarm.
+- But if the file has been watched since before it was signed (``heard``: the epoch of the watches), the guest is told
+  of whoever writes to it. Then there is nothing to doubt, and another ctime alone is no other data: what the guest has
+  just made and renamed it need not read.
 
 After an alarm the guest has nothing, and nothing is compared until it reads again. A read that was under way
 meanwhile does no harm: its pages are locked in the guest, and dropping them waits for them.
@@ -37,7 +40,7 @@ import time
 from typing import Final
 
 from host_agent.fileserver.linux import Status
-from host_agent.fileserver.nodes import Node
+from host_agent.fileserver.nodes import Node, Shared, move
 
 UNSETTLED_NS: Final = 20_000_000
 """Two ticks of a kernel with HZ=100, the coarsest there is."""
@@ -50,6 +53,10 @@ NEVER_NS: Final = 1 << 100
 
 UNKNOWN: Final = -1
 """Of ``Node.told``: this process has not said, or its answer may have been lost."""
+
+
+_DATA: Final = 3
+"""Items of a signature that are about the data."""
 
 
 def sign(status: Status) -> tuple[int, ...]:
@@ -70,14 +77,24 @@ def is_unsettled(status: Status, now_ns: int, unsettled_ns: int) -> bool:
     )
 
 
-def giving(node: Node, status: Status, unsettled_ns: int) -> None:
-    """Data of the file as it was at ``status``, or later, is about to be given to the guest."""
+def giving(node: Node, status: Status, unsettled_ns: int, heard: int | None = None) -> None:
+    """Data of the file as it was at ``status``, or later, is about to be given to the guest. ``heard``, here and below:
+    the epoch in which the file is watched, and was before ``status`` was read (``Promises.heard``)."""
     if node.base is None:
         node.doubt = is_unsettled(status, time.time_ns(), unsettled_ns)
+        node.heard = heard
         node.base = sign(status)
 
 
-def is_stale(node: Node, status: Status) -> bool:
+def _is_same(node: Node, status: Status, heard: int | None) -> bool:
+    """Whether it is the data that was signed."""
+    assert node.base is not None
+    if heard is not None and node.heard == heard:
+        return node.base[:_DATA] == sign(status)[:_DATA]
+    return not node.doubt and node.base == sign(status)
+
+
+def is_stale(node: Node, status: Status, heard: int | None = None) -> bool:
     """The guest asks about the file, which now is ``status``: must it drop its data?
 
     Says so to everybody who asks until ``acknowledged``: an answer that was worked out later may overtake the
@@ -86,7 +103,7 @@ def is_stale(node: Node, status: Status) -> bool:
     told, node.told = node.told, status.size
     if node.base is None or not stat.S_ISREG(status.mode):
         return False
-    if not node.doubt and node.base == sign(status):
+    if node.shared != Shared.WITH_WRITERS and _is_same(node, status, heard):
         return False
     if told != UNKNOWN and status.size > told:
         suspect(node)
@@ -105,21 +122,31 @@ def suspect(node: Node) -> None:
     node.base, node.doubt = (), True
 
 
-def touched(node: Node, before: Status, after: Status) -> None:
+def is_suspect(node: Node) -> bool:
+    """Is there an alarm yet to be raised?"""
+    return node.kind == stat.S_IFREG and node.base is not None and not node.base
+
+
+def touched(node: Node, before: Status, after: Status, heard: int | None = None) -> None:
     """The guest has changed the file. Under the node's lock, so that nobody else of the guest's has in between."""
+    move(node)
     if node.base is None:
         return
-    if node.base != sign(before):
+    is_heard = heard is not None and node.heard == heard
+    if node.base != sign(before) and not (is_heard and _is_same(node, before, heard)):
         suspect(node)
     else:
+        if not is_heard:
+            node.heard = None
         node.base = sign(after)
         node.doubt = True
 
 
-def written(node: Node, before: Status, after: Status, end: int) -> None:
+def written(node: Node, before: Status, after: Status, end: int, heard: int | None = None) -> None:
     """The guest has written up to ``end``, by its own count: its kernel's size of the file is at least that."""
     node.told = max(node.told, end) if node.told != UNKNOWN else UNKNOWN
     if node.base is None:
         # What it wrote it holds.
         node.base = sign(before)
-    touched(node, before, after)
+        node.heard = heard
+    touched(node, before, after, heard)

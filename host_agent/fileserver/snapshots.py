@@ -2,7 +2,7 @@
 
 A position (``off`` of a record) is a hash of the name, and records are in that order. So a position means the
 same whatever comes and goes, in this process or in its successor: nothing is skipped and nothing
-comes twice, as readdir(3) wants it. blake2b is used because Python's own hash differs from run to run.
+comes twice, as readdir(3) wants it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Final
 
 from host_agent.fileserver.linux import DirectoryEntry
-from protocol.files import DIRENT
+from host_agent.fileserver.promises import Promise
+from protocol.files import DIRENT, position
 
 PIECE: Final = 1 << 17
 """Bytes of records in one answer: 3,000 names of usual length, a few ms to send in an emulated guest."""
@@ -27,38 +27,40 @@ MAX_SNAPSHOTS: Final = 256
 MAX_SNAPSHOT_BYTES: Final = 128 << 20
 """Of all of them together: 20 directories of 100,000 entries. What has to go is read again when asked for."""
 
-_POSITIONS: Final = (1 << 62) - 1
 _RECORD_OVERHEAD: Final = 120  # what Python needs for one more bytes object and two integers
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Records in the order of their positions, and the names in them."""
+    """Records in the order of their positions, and the names in them. ``promise``: that these are all."""
 
     positions: list[int]
     records: list[bytes]
     names: list[bytes]
     weight: int
+    promise: Promise | None = None
+
+    def part(self, after: int, limit: int, head: int = 0) -> slice:
+        """Of the records, from the first position greater than ``after``, up to ``limit`` bytes with ``head`` more of
+        them for each."""
+        start = end = bisect_right(self.positions, after)
+        size = 0
+        while end < len(self.records) and size + head + len(self.records[end]) <= limit:
+            size += head + len(self.records[end])
+            end += 1
+        return slice(start, end)
 
     def piece(self, after: int, limit: int) -> tuple[bytes, list[bytes], bool]:
         """Records from the first position greater than ``after``, up to ``limit`` bytes; their names; and
         whether nothing follows."""
-        start = end = bisect_right(self.positions, after)
-        size = 0
-        while end < len(self.records) and size + len(self.records[end]) <= limit:
-            size += len(self.records[end])
-            end += 1
-        return b"".join(self.records[start:end]), self.names[start:end], end == len(self.records)
+        part = self.part(after, limit)
+        return b"".join(self.records[part]), self.names[part], part.stop == len(self.records)
 
 
-def position(name: bytes) -> int:
-    """Greater than 0, and fits the 63 bits of off_t."""
-    return (int.from_bytes(blake2b(name, digest_size=8).digest(), "little") & _POSITIONS) or 1
-
-
-def take(entries: Iterable[DirectoryEntry], inode: Callable[[int], int]) -> Snapshot:
-    """``inode`` makes the number that the guest is shown. Names of the same hash get positions that follow each
-    other, the lesser name first."""
+def take(
+    entries: Iterable[DirectoryEntry], inode: Callable[[int], int], promise: Promise | None = None
+) -> Snapshot:
+    """``inode`` makes the number that the guest is shown; ``promise`` was sampled before the directory was read."""
     ordered = sorted((position(entry.name), entry.name, entry) for entry in entries)
     positions, records, names = [], [], []
     last = weight = 0
@@ -69,7 +71,7 @@ def take(entries: Iterable[DirectoryEntry], inode: Callable[[int], int]) -> Snap
         records.append(record)
         names.append(name)
         weight += len(record) + len(name) + _RECORD_OVERHEAD
-    return Snapshot(positions, records, names, weight)
+    return Snapshot(positions, records, names, weight, promise)
 
 
 class Snapshots:

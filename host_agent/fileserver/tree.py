@@ -15,23 +15,31 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from host_agent.fileserver.attributes import AttributeOperations
 from host_agent.fileserver.budget import Budget
+from host_agent.fileserver.contents import ContentOperations
 from host_agent.fileserver.core import Core, Outcome
 from host_agent.fileserver.data import DataOperations
+from host_agent.fileserver.entries import EntryOperations
 from host_agent.fileserver.judgement import Judgement
 from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.names import NameOperations
-from host_agent.fileserver.nodes import Identity, Recorder, RestoredNode
+from host_agent.fileserver.nodes import Identity, Node, Recorder, RestoredNode
+from host_agent.fileserver.promises import Promise
+from host_agent.fileserver.prompt import Disk
+from host_agent.fileserver.retractions import Retraction, Retractions
+from host_agent.fileserver.revalidation import Revalidation
 from host_agent.fileserver.root import Fullness, Root, Stage
 from host_agent.fileserver.seals import Seals
 from host_agent.fileserver.signatures import acknowledged
+from host_agent.fileserver.watches import Changes, Watches
 from protocol.api import Done
 from protocol.bulk import Run
-from protocol.files import FileCall, Flushed, Forget
+from protocol.files import FileCall, Forget
 
 __all__ = ["Identity", "Outcome", "Recorder", "RestoredNode", "Stage", "Tree", "TreeState"]
 
@@ -63,6 +71,8 @@ class Tree:
     ``max_descriptors`` bounds what is kept open to find files again; by default that is what ``budget`` says, which the
     trees of a process share.
     ``keepsakes`` is where files without a name outlive this process.
+    ``watches`` knows what changes on the host, and this tree as ``share``; without it nothing is promised.
+    ``retract`` is called, in any thread, with what the guest may have been promised and what does not hold.
     """
 
     def __init__(
@@ -76,6 +86,9 @@ class Tree:
         max_descriptors: int | None = None,
         keepsakes: ShareKeepsakes | None = None,
         budget: Budget | None = None,
+        share: int = 0,
+        watches: Watches | None = None,
+        retract: Callable[[Retraction], None] = lambda retraction: None,
     ) -> None:
         self._core = core = Core(
             read_only=read_only,
@@ -85,16 +98,22 @@ class Tree:
             max_descriptors=max_descriptors,
             keepsakes=keepsakes,
             budget=budget,
+            share=share,
+            watches=watches,
+            retract=retract,
         )
+        self.promises = core.promises
+        self._retractions = Retractions(core.reach.registry.table.by_name)
         self._root = Root(os.fsencode(path), core)
         self._fullness = Fullness()
         names = NameOperations(core)
         self._methods: dict[type[FileCall[Any]], _Method] = {
             Forget: self._forget,
-            Flushed: self._flushed,
             **names.methods(),
+            **EntryOperations(core, names).methods(),
             **AttributeOperations(core).methods(),
             **DataOperations(core).methods(),
+            **ContentOperations(core).methods(),
         }
         self._judgement = Judgement(core, self.perform)
         self._root.check()
@@ -129,10 +148,6 @@ class Tree:
             self._core.forget(number, count)
         return Outcome(Done())
 
-    def _flushed(self, call: Flushed, payload: object) -> Outcome:
-        self._core.files.flushed(call.node)
-        return Outcome(Done())
-
     def precondition(self, call: FileCall[Any]) -> bytes:
         """What to write down before ``call`` is done, for a successor that must judge whether it was. Never raises."""
         return self._judgement.precondition(call)
@@ -162,6 +177,32 @@ class Tree:
         if (node := self._core.reach.peek(number)) is not None:
             acknowledged(node)
 
+    def promised(self, result: Any, promise: Promise) -> int:
+        """What can be promised of an answer that is about to be sent (``Promises.kept``). In the thread in which
+        changes are told of."""
+        return self.promises.kept(
+            promise, getattr(result, "attr", b""), stale=getattr(result, "stale", False)
+        )
+
+    def retract(self, changes: Changes) -> Retraction:
+        """What the guest is to be told about ``changes``. In the same thread."""
+        return self._retractions.of(changes)
+
+    def retract_again(self, retraction: Retraction) -> Retraction:
+        """What of it is to be told once more, since it may not have arrived. In the same thread."""
+        return self._retractions.again(retraction)
+
+    def see_writers(self, nodes: Iterable[Node]) -> None:
+        """Programs of the host have opened these files: is it to write them?"""
+        if (sharing := self._core.sharing) is not None:
+            for node in nodes:
+                with suppress(OSError), self._core.reach.use(node.number):
+                    sharing.look_again(node)
+
+    def revalidate(self, tell: Callable[[Retraction], None], *, absences: bool, trusting: bool) -> None:
+        """Look at everything that the guest knows again (``revalidation``). May take as long as the disk does."""
+        Revalidation(self._core, tell).run(absences=absences, trusting=trusting)
+
     def suspect_all(self) -> None:
         """A reply may have been lost, and with it the word that data is stale: say it again for every file.
         To be called when a new session with the guest begins."""
@@ -186,9 +227,14 @@ class Tree:
         self._fullness.check(self._core, time.monotonic())
         return changed or full != self._fullness.full
 
+    @property
+    def disk(self) -> Disk | None:
+        """What the folder is on, None if there is none; another object for another folder."""
+        return self._root.disk
+
     def close_idle(self, now: float) -> float:
         """Close what is due at ``now`` (``time.monotonic``). Returns when there will be more to do: not later than
-        in 10 s, and sooner if a file is written or ``Flushed`` meanwhile (ask again 100 ms after that)."""
+        in 10 s, and sooner if a file is written meanwhile (ask again ``datafiles.AFTER_WRITE`` after that)."""
         return self._core.files.close_idle(now)
 
     def names_gone(self, now: float) -> list[tuple[int, bytes]]:
@@ -203,6 +249,7 @@ class Tree:
         """
         core = self._core
         with core.reach.use(node) as file:
+            file.locked = True
             return core.files.open_separately(file, flags & os.O_ACCMODE)
 
     def close(self) -> None:

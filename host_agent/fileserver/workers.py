@@ -42,6 +42,10 @@ MOST_WAITING: Final = 16
 _current = threading.local()
 
 
+class WouldWait(Exception):
+    """A program of the host has to be waited for, and who does this must not (``without_waiting``)."""
+
+
 class Workers:
     """Runs functions in ``limit`` threads, or up to ``most`` where those are stuck. They must not raise."""
 
@@ -58,6 +62,11 @@ class Workers:
         self._closing = False
         self._last: Callable[[], object] = lambda: None
         self._closed = threading.Event()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was submitted has been done."""
+        return not self._unfinished
 
     def submit(self, function: Callable[[], object]) -> None:
         """Have ``function`` run, after everything that was submitted before has at least begun."""
@@ -146,9 +155,20 @@ class Workers:
 
 def waiting() -> contextlib.AbstractContextManager[None]:
     """Around what waits for a program of the host, which may take a minute: another thread does the other work of the
-    share meanwhile. It stays afterwards."""
+    share meanwhile. It stays afterwards. Raises ``WouldWait`` in ``without_waiting``."""
+    if getattr(_current, "never_waits", False):
+        raise WouldWait
     workers: Workers | None = getattr(_current, "workers", None)
     return contextlib.nullcontext() if workers is None else workers._replaced()
+
+
+def without_waiting(function: Callable[[], object]) -> None:
+    """Call ``function``, in which ``waiting`` raises: another thread has to do it then."""
+    _current.never_waits = True
+    try:
+        function()
+    finally:
+        _current.never_waits = False
 
 
 class Completions(Generic[ItemT]):

@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,11 +34,6 @@ COMMAND_TIMEOUT = 180.0
 
 class InstanceFailed(Exception):
     """The VM does not do what it must; the message is a sentence."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True, slots=True)

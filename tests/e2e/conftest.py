@@ -7,16 +7,35 @@ guest's own busybox.
 
 from __future__ import annotations
 
-import io
 import os
-import tarfile
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness import Instance
+
+LOG_SHOWN = 6000
+"""Characters of each log that are shown with a failure; a kernel's last words are within them."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure comes what the instance has logged so far: the next test may start another VM."""
+    report = yield
+    instance = getattr(item, "funcargs", {}).get("stopped")
+    if report.failed and isinstance(instance, Instance):
+        for name in ("agent.log", "console.log", "qemu.log"):
+            with suppress(OSError):
+                text = (instance.directory / name).read_text(errors="replace")
+                report.sections.append((name, text[-LOG_SHOWN:]))
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -27,11 +46,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     instance = Instance(home, tmp_path_factory.mktemp("docker-config"))
     instance.agentctl("delete", "--data", "--yes")
     yield instance
-    # Shown by pytest when something failed: how the VM ended is in its console's last words.
-    for name in ("agent.log", "console.log", "qemu.log"):
-        log = instance.directory / name
-        if log.exists():
-            print(f"\n--- {name}\n" + log.read_text(errors="replace")[-6000:])
     instance.agentctl("delete", "--data", "--yes")
     assert instance.processes() == []
 
@@ -39,29 +53,24 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
 @pytest.fixture(scope="session")
 def vm(stopped: Instance) -> Instance:
     """The instance, running."""
-    stopped.agentctl("up", "--cpus", "2", "--memory", "2GiB", "--disk", "20GiB", timeout=1200)
-    return stopped
+    flags = ("--cpus", "2", "--memory", "2GiB", "--disk", "20GiB")
+    done = stopped.agentctl("up", *flags, timeout=1200, cwd=str(Path.home()))
+    return replace(stopped, started=(done.stderr + done.stdout).decode())
 
 
 @pytest.fixture(scope="session")
 def image(vm: Instance) -> str:
     """An image of the guest's busybox with a web server for its command; the page says hello."""
-    busybox = vm.agentctl("exec", "-u", "root", "cat", "/usr/bin/busybox").stdout
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, content, mode in (
-            ("bin/busybox", busybox, 0o755),
-            ("www/index.html", b"hello\n", 0o644),
-        ):
-            info = tarfile.TarInfo(name)
-            info.size, info.mode = len(content), mode
-            archive.addfile(info, io.BytesIO(content))
-        link = tarfile.TarInfo("bin/sh")
-        link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-        archive.addfile(link)
-    command = 'CMD ["/bin/busybox","httpd","-f","-p","80","-h","/www"]'
-    vm.docker("import", "-c", command, "-", "hello", input=buffer.getvalue())
+    vm.import_busybox("hello", b"hello\n")
     return "hello"
+
+
+@pytest.fixture
+def project() -> Iterator[Path]:
+    """A folder of the user's, below the home that is shared by default."""
+    folder = Path(tempfile.mkdtemp(prefix="agentctl-e2e-", dir=Path.home()))
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ SOURCES = Path(__file__).resolve().parents[2]
 #: Generous: everything runs on an emulated CPU, perhaps on a busy machine. Seconds.
 BOOT_TIME = 420.0
 PATIENCE = 60.0
+
+#: For ``docker run``, where the network does not matter: one of its own is half of what a start costs an emulated CPU.
+NO_NETWORK = ("--network", "host")
 
 
 def eventually(condition: Callable[[], Any], timeout: float = PATIENCE, interval: float = 0.1) -> Any:
@@ -61,26 +66,18 @@ def is_refused(port: int, host: str = "127.0.0.1") -> bool:
     return False
 
 
-def free_port() -> int:
-    """A port that nobody listens on, in either family."""
-    while True:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as first:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-        if is_refused(port) and is_refused(port, "::1"):
-            return port
-
-
 @dataclass(frozen=True)
 class Instance:
-    """The instance under test. Its files are in ``directory``."""
+    """The instance under test. Its files are in ``directory``; ``started`` is what its first ``up`` said."""
 
     home: Path
     docker_config: Path
+    name: str = "default"
+    started: str = ""
 
     @property
     def directory(self) -> Path:
-        return self.home / "instances" / "default"
+        return self.home / "instances" / self.name
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,6 +85,7 @@ class Instance:
         return {
             **environment,
             "AGENTCTL_HOME": str(self.home),
+            "AGENTCTL_INSTANCE": self.name,
             "DOCKER_CONFIG": str(self.docker_config),
             "PYTHONPATH": str(SOURCES),
             "COLUMNS": "200",
@@ -150,6 +148,21 @@ class Instance:
         if check:
             assert done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout.decode().strip()
+
+    def import_busybox(self, name: str, page: bytes) -> None:
+        """Make an image of the guest's busybox, with a web server of ``page`` for its command."""
+        busybox = self.agentctl("exec", "-u", "root", "cat", "/usr/bin/busybox").stdout
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for path, content, mode in (("bin/busybox", busybox, 0o755), ("www/index.html", page, 0o644)):
+                info = tarfile.TarInfo(path)
+                info.size, info.mode = len(content), mode
+                archive.addfile(info, io.BytesIO(content))
+            link = tarfile.TarInfo("bin/sh")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            archive.addfile(link)
+        command = 'CMD ["/bin/busybox","httpd","-f","-p","80","-h","/www"]'
+        self.docker("import", "-c", command, "-", name, input=buffer.getvalue())
 
     def processes(self) -> list[int]:
         """Pids of everything that belongs to this instance: keeper, host agent, QEMU."""

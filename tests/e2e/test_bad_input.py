@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Instance
+from tests.e2e.harness import Instance, eventually
 
 pytestmark = pytest.mark.vm
 
@@ -87,3 +90,42 @@ def test_a_guest_that_panics_is_started_once_more_and_then_given_up(vm: Instance
     assert json.loads(status.stdout)["restarts"] == 1
     assert Instance(home, vm.docker_config).processes() == []
     assert vm.docker("context", "show") == "agentctl", "the other instance's context is not touched"
+
+
+def test_a_configuration_that_is_edited_into_nonsense_harms_nothing_that_runs(vm: Instance) -> None:
+    """And what is changed well is applied at once, or said to wait; comments and all else stay as they are."""
+    path = vm.directory / "config.yaml"
+    before, status = path.read_text(), vm.status()
+    assert "# Processors of the VM." in before
+    try:
+        rule, cpus = (
+            "ports.rules=[{guest_port: 47100, host_port: 47101, static: true}]",
+            status["cpus"] % 2 + 1,
+        )
+        said = vm.agentctl("config", "set", rule, f"cpus={cpus}").stderr.decode()
+        assert "cpus stay as they are until you restart it" in said
+        assert listens(47101)
+        shown = json.loads(vm.agentctl("config", "show", "--json").stdout)
+        assert (shown["config"]["cpus"], shown["waiting_for_restart"]) == (cpus, ["cpus"])
+        path.write_text("cpus: two\nmemroy: 4GiB\n")
+        for command in (["up"], ["config", "set", "ports.lan=true"], ["config", "validate"]):
+            done = vm.agentctl(*command, check=False)
+            assert (done.returncode, b'cpus is "two"; it is a whole number' in done.stderr) == (2, True)
+        assert b"line 2: memroy is no key; did you mean memory?" in done.stderr
+        os.kill(status["agent_pid"], signal.SIGKILL)
+        assert vm.guest("echo well") == "well\n"
+        assert vm.status()["qemu_pid"] == status["qemu_pid"]
+        eventually(lambda: listens(47101))
+    finally:
+        path.write_text(before)
+    vm.agentctl("up")
+    eventually(lambda: not listens(47101))
+    before = path.read_text()  # `up` may have added the folder that it was called in
+    vm.agentctl("config", "set", "ports.lan=true")
+    vm.agentctl("config", "set", "ports.lan=")
+    assert path.read_text() == before
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

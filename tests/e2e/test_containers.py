@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import Instance, eventually, fetch, free_port, is_refused
+from tests.e2e.harness import Instance, eventually, fetch, is_refused
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.vm
 

@@ -16,14 +16,6 @@ pytestmark = pytest.mark.vm
 
 
 @pytest.fixture
-def project() -> Iterator[Path]:
-    """A folder of the user's, below the home that is shared by default."""
-    folder = Path(tempfile.mkdtemp(prefix="agentctl-e2e-", dir=Path.home()))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
 def unshared() -> Iterator[Path]:
     """A folder of the host that the VM does not see, with a file in it."""
     folder = Path(tempfile.mkdtemp(prefix="agentctl-e2e-", dir="/var/tmp"))

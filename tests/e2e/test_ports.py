@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.harness import Instance, eventually, free_port, is_refused
+from tests.e2e.harness import Instance, eventually, is_refused
+from tests.free_ports import free_port
 
 pytestmark = pytest.mark.vm
 
@@ -90,18 +92,40 @@ def test_half_close_reaches_the_guest_and_what_it_says_last_comes_back(vm: Insta
             assert stream.read() == b"x" * 300_000 + b"bye"
 
 
-def test_a_taken_host_port_is_a_conflict_that_ends_when_it_is_free(vm: Instance) -> None:
-    with socket.socket() as occupant:
-        occupant.bind(("127.0.0.1", 0))
-        occupant.listen()
-        port = occupant.getsockname()[1]
-        with guest_server(vm, port, "it", "127.0.0.1"):
+def test_a_port_that_was_stolen_between_close_and_listen_is_taken_when_it_is_free(vm: Instance) -> None:
+    port = free_port()
+    with guest_server(vm, port, "first", "127.0.0.1"):
+        assert eventually(lambda: greeting(port)) == "first"
+    eventually(lambda: is_refused(port) and is_refused(port, "::1"))
+    with socket.create_server(("127.0.0.1", port)) as thief:
+        with guest_server(vm, port, "second", "127.0.0.1"):
             eventually(lambda: vm.port_states(port) == {"conflict"})
             (row,) = (row for row in vm.ports() if row["guest_port"] == port)
             assert "in use" in row["reason"]
-            occupant.close()
-            assert eventually(lambda: greeting(port)) == "it"
+            assert f"(pid {os.getpid()})" in row["reason"]
+            assert is_refused(port, "::1"), "both addresses, or none"
+            thief.close()
+            assert eventually(lambda: greeting(port)) == "second"
             assert vm.port_states(port) == {"listening"}
+
+
+def test_a_server_that_is_killed_resets_its_clients(vm: Instance) -> None:
+    """Also those that it has not accepted: nobody hangs."""
+    port = free_port()
+    with guest_server(vm, port, "it", "127.0.0.1"):
+        assert eventually(lambda: greeting(port)) == "it"
+        pid = vm.guest(f"ss -Hltnp 'sport = :{port}' | grep -o 'pid=[0-9]*' | cut -d= -f2").strip()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as accepted:
+            assert accepted.recv(3) == b"it\n"
+            vm.guest(f"kill -STOP {pid}")
+            accepted.sendall(b"nobody reads this")
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as waiting:
+                waiting.sendall(b"nor this")
+                vm.guest(f"sleep 1; kill -KILL {pid}")
+                for client in (accepted, waiting):
+                    with pytest.raises(ConnectionResetError):
+                        client.recv(1)
+        eventually(lambda: is_refused(port))
 
 
 def test_the_vms_own_daemons_are_ignored_by_default(vm: Instance) -> None:

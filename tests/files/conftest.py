@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.files.harness import Plane
+from tests.files.sight import Sight
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("cc", "fio", "git", "make", "nsenter", "sqlite3", "stress-ng", "unshare")
@@ -49,3 +50,17 @@ def inline() -> Iterator[Plane]:
     """As ``plane``, but without memory that both sides have."""
     with Plane(with_memory=False) as plane:
         yield plane
+
+
+@pytest.fixture(scope="module")
+def sight(plane: Plane) -> Iterator[Sight]:
+    """A program of the guest that looks at the share."""
+    with plane.sight() as sight:
+        yield sight
+
+
+@pytest.fixture(scope="module")
+def second(plane: Plane) -> Iterator[Sight]:
+    """Another one."""
+    with plane.sight() as sight:
+        yield sight

@@ -4,8 +4,8 @@
 
 ``--host`` names the same directory as the other side has it. Then the file is also changed there, in
 between, and read back there: what a write, truncate or unmapped store left behind must be on the other
-side when the call has returned, and after a change over there an fstat(2) here must be enough to see
-exactly the new content, by read(2) and through a mapping that was there before.
+side when the call has returned. A change over there is seen here soon; and once it is, by fstat(2) and
+read(2), it is also seen through a mapping that was there before, and stays.
 
 Only the standard library. A failure prints the seed and the last operations, and ends with status 1.
 """
@@ -22,6 +22,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,9 @@ WHOLE_EVERY = 100
 
 KEPT = 60
 """Operations that a failing run prints."""
+
+SOON = 2.0
+"""Seconds within which a change on the other side is seen. (It takes some ms; the machine may be busy.)"""
 
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -72,6 +76,7 @@ class Tester:
         self.count = 0
         self.log = log
         self.counts: collections.Counter[str] = collections.Counter()
+        self.slowest = 0.0, ""  # seconds, and the operation
         self.fd = -1
         self.view: mmap.mmap | None = None
         with contextlib.suppress(FileNotFoundError):
@@ -379,20 +384,29 @@ class Tester:
         self.expect("the file replaced there", os.pread(self.fd, LARGEST, 0), self.model)
         self.close()
         self.model[:] = data
+        until = time.monotonic() + SOON
+        while os.stat(self.path()).st_ino != os.stat(self.host_path()).st_ino:
+            if time.monotonic() > until:
+                raise Mismatch("the name still stands for the file that was replaced there")
         self.open()
         self.see_there(0, len(data))
 
     def see_there(self, offset: int, size: int) -> None:
-        """After a change there and a look at the attributes here, the content is the new one."""
-        self.expect_size("fstat after a change there", os.fstat(self.fd).st_size)
-        end = min(offset + size, len(self.model))
-        if offset >= end:
-            return
+        """A change there is seen here, and from then on everywhere."""
+        end = max(offset, min(offset + size, len(self.model)))
+        changed = self.model[offset:end]
+        until = time.monotonic() + SOON
+        while (seen := os.fstat(self.fd).st_size) != len(self.model) or self.pread(offset, end) != changed:
+            if time.monotonic() > until:
+                self.expect_size("fstat after a change there", seen)
+                self.expect("read after a change there", self.pread(offset, end), changed)
         if self.view is not None and self.covered(end) and self.dice.random() < 0.5:
-            self.expect("the mapping after a change there", self.view[offset:end], self.model[offset:end])
-        self.expect(
-            "read after a change there", os.pread(self.fd, end - offset, offset), self.model[offset:end]
-        )
+            self.expect("the mapping after a change there", self.view[offset:end], changed)
+        self.expect("read once more after a change there", self.pread(offset, end), changed)
+        self.expect_size("fstat once more after a change there", os.fstat(self.fd).st_size)
+
+    def pread(self, start: int, end: int) -> bytes:
+        return os.pread(self.fd, end - start, start)
 
     # --- all of it ---------------------------------------------------------------------------------
 
@@ -411,7 +425,9 @@ class Tester:
         }  # fmt: skip
         chosen = self.dice.choices(list(weights), list(weights.values()), k=operations)
         for self.count, operation in enumerate(chosen):
+            begun = time.perf_counter()
             operation()
+            self.slowest = max(self.slowest, (time.perf_counter() - begun, operation.__name__))
             self.counts[operation.__name__] += 1
             if self.count % WHOLE_EVERY == 0:
                 self.whole()
@@ -428,7 +444,8 @@ def run(directory: str, host: str | None, seed: int, operations: int, log: int) 
     except (Mismatch, OSError) as error:
         print(f"FAILED: {type(error).__name__}: {error}")
         return 1
-    print(f"ok: {operations} operations, {dict(tester.counts)}")
+    slowest = "the slowest {:.3f} s ({})".format(*tester.slowest)
+    print(f"ok: {operations} operations, {slowest}, {dict(tester.counts)}")
     return 0
 
 

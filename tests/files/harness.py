@@ -7,6 +7,7 @@ namespace of its own. A test thread sees plain calls; what is asynchronous runs 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -39,10 +40,13 @@ from tests.files.memory import Memory, Use, at_rest, memory, use_of
 from tests.files.namespace import Finished, Namespace, Running
 from tests.files.port import Port
 from tests.files.service import SOURCES, FilesAgent, eventually
+from tests.files.sight import Sight
 
 __all__ = ["Folder", "Plane", "ShareStage", "eventually", "loose_directory"]
 
 T = TypeVar("T")
+
+_marks = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,14 @@ class TrioThread:
         return self.call(start)
 
 
+def _with_marks(marks: int | None) -> list[str]:
+    """Before a command: it is in a user namespace that may have ``marks`` of fanotify (user_namespaces(7), /proc/sys/user)."""
+    if marks is None:
+        return []
+    script = f'echo {marks} >/proc/sys/user/max_fanotify_marks; exec "$@"'
+    return ["unshare", "--user", "--map-root-user", "sh", "-ec", script, "sh"]
+
+
 class FileServer:
     """The process on the host, and the control link to it, as the host agent has them."""
 
@@ -108,7 +120,9 @@ class FileServer:
         socket_path: Path,
         hidden: Sequence[Path],
         memory: Memory | None = None,
+        marks: int | None = None,
     ) -> None:
+        self._marks = marks
         self._loop, self._directory, self._socket_path, self._hidden = loop, directory, socket_path, hidden
         self._memory = memory
         self._says = directory / "server.use"
@@ -124,7 +138,7 @@ class FileServer:
 
     def start(self, folders: list[SharedFolder]) -> ShareStates:
         ours, theirs = socket.socketpair()
-        argv = [sys.executable, "-m"]
+        argv = [*_with_marks(self._marks), sys.executable, "-m"]
         if self._memory is not None:
             argv += ["tests.files.observed", str(self._says)]
         argv += ["host_agent.fileserver", "--guest-socket", str(self._socket_path)]
@@ -211,7 +225,9 @@ class Plane:
     """Both sides, connected, with ``folders`` mounted. ``host`` and ``guest`` are the two views of the first.
 
     ``patience``: seconds that the guest waits for an absent host, other than its own. ``with_memory``: some that both
-    have mapped; at the end nobody may have kept any of it.
+    have mapped; at the end nobody may have kept any of it. ``losing``: each so-manieth message with which the host takes a
+    promise back is lost in the guest, which is a fault. ``marks``: how many files the server may watch; it finds no memory
+    then.
     """
 
     def __init__(
@@ -221,8 +237,12 @@ class Plane:
         hide: Sequence[str] = (),
         host: Path | None = None,
         with_memory: bool = True,
+        losing: int | None = None,
+        marks: int | None = None,
     ) -> None:
         self.with_memory = with_memory
+        self._marks = marks
+        self._losing = losing
         self._folders = list(folders or [Folder()])
         self._patience = patience
         self._hide = hide
@@ -243,11 +263,13 @@ class Plane:
             host_socket, guest_socket = self.directory / "host.sock", self.directory / "guest.sock"
             self.port = stack.enter_context(Port(host_socket, guest_socket))
             hidden = [self.host_root / name for name in self._hide]
-            self.server = FileServer(loop, self.directory, host_socket, hidden, self.memory)
+            self.server = FileServer(loop, self.directory, host_socket, hidden, self.memory, self._marks)
             stack.callback(self.server.store.close)
             stack.callback(self.server.kill)
             self.agent = stack.enter_context(
-                FilesAgent(self.namespace, self.directory, guest_socket, self._patience, self.memory)
+                FilesAgent(
+                    self.namespace, self.directory, guest_socket, self._patience, self.memory, self._losing
+                )
             )
             stack.callback(self.namespace.force_unmount)
             stack.push(self._show_logs)
@@ -360,6 +382,23 @@ class Plane:
 
     def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> Running:
         return self.namespace.start(argv, cwd=self.guest, env=env)
+
+    def heard(self) -> None:
+        """Wait until the guest has heard of what the host has done: some ms, or more on a busy machine."""
+        mark = self.host / f".heard{next(_marks)}"
+        mark.touch()
+        # What the guest asks for may be there before it hears of it; what it was promised goes when it does.
+        self.sh(f"until test -e {mark.name}; do sleep 0.01; done")
+        mark.unlink()
+        self.sh(f"while test -e {mark.name}; do sleep 0.01; done")
+
+    def sight(self, directory: Path | None = None) -> Sight:
+        """Eyes in ``directory``, which is the mounted one unless it says otherwise."""
+        return Sight(self.namespace, directory or self.guest)
+
+    def calls(self, index: int = 0) -> int:
+        """What the guest has asked the host so far."""
+        return self.state(index).calls
 
     def with_folder(self, **changes: Any) -> Folder:
         return replace(self._folders[0], **changes)

@@ -1,32 +1,40 @@
 """An agent of the files plane, the real one, that says on SIGUSR1 how its memory is used.
 
-    python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] SAY MODULE [ARGUMENT ...]
+    python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] [--lose N] [--listen] SAY MODULE [ARGUMENT ...]
 
 ``SAY`` is the file that it says it in (``memory.Use``). ``PATH`` has the guest's file from byte ``OFFSET`` on, instead
 of /dev/pmem0. ``SECONDS``: how long the guest waits for an absent host; that it is gone is noticed sooner, then.
+With ``--listen`` the guest does not connect to its socket, but is who is connected to: nothing is between the two then.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import mmap
 import os
 import runpy
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from protocol import bulk
 from protocol.region import FILE_SIZE, Region
+from protocol.serial import SocketPort
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--patience", type=float)
     parser.add_argument("--memory", nargs=2)
+    parser.add_argument("--lose", type=int)
+    parser.add_argument("--listen", action="store_true")
     parser.add_argument("say", type=Path)
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -36,6 +44,10 @@ def main() -> None:
         _map(options.memory[0], int(options.memory[1]))
     if options.patience is not None:
         _be_impatient(options.patience)
+    if options.lose is not None:
+        _lose(options.lose)
+    if options.listen:
+        _listen()
     sys.argv[1:] = options.arguments
     runpy.run_module(options.module, run_name="__main__", alter_sys=True)
 
@@ -92,6 +104,21 @@ def _map(path: str, offset: int) -> None:
     bulk_memory.open_region = open_region  # type: ignore[assignment]
 
 
+def _listen() -> None:
+    from guest_agent import transports
+
+    async def accept_unix(path: Path) -> SocketPort:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        with trio.socket.socket(socket.AF_UNIX) as listener:
+            await listener.bind(str(path))
+            listener.listen(1)
+            host, _ = await listener.accept()
+        return SocketPort(trio.SocketStream(host))
+
+    transports.open_unix = accept_unix
+
+
 def _be_impatient(seconds: float) -> None:
     import guest_agent.fuse.host
     import protocol.link
@@ -100,6 +127,23 @@ def _be_impatient(seconds: float) -> None:
     defaults = protocol.link.Link.__init__.__kwdefaults__
     assert defaults is not None
     defaults.update(heartbeat=0.5, dead_after=1.5)
+
+
+def _lose(nth: int) -> None:
+    from guest_agent.fuse.mounts import Mounts
+    from protocol.files import Changed
+
+    take_back = Mounts.take_back
+    heard = 0
+
+    @functools.wraps(take_back)
+    def lose(self: Mounts, changed: Changed) -> None:
+        nonlocal heard
+        heard += 1
+        if heard % nth:
+            take_back(self, changed)
+
+    Mounts.take_back = lose  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

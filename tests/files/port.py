@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -61,6 +62,11 @@ class Side:
             if peer is self._peer:
                 self._forget()
 
+    def drop(self) -> None:
+        """Hang up on the peer, if there is one."""
+        with self._changed:
+            self._forget()
+
     def _forget(self) -> None:
         if self._peer is not None:
             # Who is in recv() or send() on it leaves; only then may its number become another's.
@@ -88,6 +94,19 @@ class Port:
 
     def __init__(self, host: Path, guest: Path) -> None:
         self.host, self.guest = Side(host), Side(guest)
+        self._passes = threading.Event()
+        self._passes.set()
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Both sides lose their connections, and until the end nothing passes between those that they make."""
+        self._passes.clear()
+        try:
+            self.host.drop()
+            self.guest.drop()
+            yield
+        finally:
+            self._passes.set()
 
     def __enter__(self) -> Port:
         targets = [
@@ -125,6 +144,7 @@ class Port:
                     source.lose(peer)
 
     def _deliver(self, data: bytes, target: Side) -> None:
+        self._passes.wait()
         peer = target.peer()
         try:
             peer.sendall(data)

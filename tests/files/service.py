@@ -117,8 +117,13 @@ class FilesAgent:
         guest_socket: Path,
         patience: float | None,
         memory: Memory | None = None,
+        losing: int | None = None,
+        listening: bool = False,
     ) -> None:
+        """``listening``: on its socket, for the host to connect to."""
         self._namespace = namespace
+        self._losing = losing
+        self._listening = listening
         self._memory = memory
         self._says = directory / "agent.use"
         self._directory = directory
@@ -175,6 +180,10 @@ class FilesAgent:
             options += ["--patience", str(self._patience)]
         if self._memory is not None:
             options += ["--memory", str(self._memory.path), str(START)]
+        if self._losing is not None:
+            options += ["--lose", str(self._losing)]
+        if self._listening:
+            options.append("--listen")
         if options:
             return ["-m", "tests.files.observed", *options, str(self._says), *arguments]
         return ["-m", *arguments]

@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 
-from guest_agent import dial, execute
+from guest_agent import datagrams, dial, execute
 from guest_agent.tracefs import TRACEFS
 from protocol.errors import LinkClosed
 from protocol.link import Hello, Link, Role, Service
@@ -77,6 +77,7 @@ async def host() -> AsyncIterator[Link]:
     """The host's end of a link to what the guest agent dials and executes."""
     service = Service()
     dial.register(service)
+    datagrams.register(service)
     execute.register(service, lambda: "")
     async with linked(service) as link:
         yield link

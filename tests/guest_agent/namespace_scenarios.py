@@ -22,12 +22,15 @@ from guest_agent.listeners import Snapshot
 from guest_agent.ports import OpenWakes, PortDetector, open_polling
 from guest_agent.sockdiag import Dumper, open_dumper
 from guest_agent.tracefs import open_wakes
-from protocol.api import Listener, Listeners
+from protocol.api import Listener, Listeners, Proto
 
 QUIET = 0.3
 """Seconds after which a detector with nothing to do has done all it will."""
 
 LISTEN_AND_CLOSE = "import socket; [socket.create_server(('127.0.0.1', 0)).close() for _ in range(50)]"
+
+
+BIND_AND_CLOSE = "import socket\nfor _ in range(50):\n with socket.socket(type=socket.SOCK_DGRAM) as s: s.bind(('127.0.0.1', 5300))\n"
 
 
 def loopback_up() -> None:
@@ -138,10 +141,10 @@ async def follow_polling() -> dict[str, object]:
 
 
 @asynccontextmanager
-async def container() -> AsyncIterator[None]:
+async def container(what: str = LISTEN_AND_CLOSE) -> AsyncIterator[None]:
     """Listens and stops 50 times in a namespace of its own, and lives on meanwhile: of a process that
     has gone nobody knows the namespace."""
-    program = LISTEN_AND_CLOSE + "; print(flush=True); input()"
+    program = what + "\nprint(flush=True); input()"
     process = await trio.lowlevel.open_process(
         ["unshare", "--net", sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -174,6 +177,108 @@ async def storms() -> dict[str, object]:
             notices = peer.notices
         await peer.sees()
     return {"counts": counts, "notices": notices}
+
+
+def udp_server(address: str, port: int) -> socket.socket:
+    server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((address, port))
+    return server
+
+
+async def udp_dump() -> dict[str, object]:
+    async with open_dumper() as dumper:
+        with (
+            closing(udp_server("127.0.0.1", 51820)),
+            closing(udp_server("::1", 5353)),
+            closing(udp_server("127.0.0.1", 0)),
+            closing(udp_server("127.0.0.1", 5354)) as connected,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        ):
+            connected.connect(("127.0.0.1", 9))
+            client.sendto(b"?", ("127.0.0.1", 51820))
+            found = await dumper.listeners()
+            of_tcp = await dumper.listeners(frozenset({Proto.TCP}))
+        after = await dumper.listeners()
+    assert {listener.proto for listener in found} == {Proto.UDP}
+    return {"found": addresses(found), "of_tcp": addresses(of_tcp), "after": addresses(after)}
+
+
+async def follow_udp(source: OpenWakes) -> dict[str, object]:
+    delays = []
+    async with detection(source) as (detector, _, peer):
+        for address in ("127.0.0.1", "0.0.0.0", "::", "::1"):
+            with closing(udp_server(address, 5300)):
+                delays.append(await peer.sees(5300))
+            delays.append(await peer.sees())
+        return {"detection": detector.detection, "fulls": peer.fulls, "slowest": max(delays)}
+
+
+async def follow_udp_tracefs() -> dict[str, object]:
+    return await follow_udp(open_wakes)
+
+
+async def follow_udp_polling() -> dict[str, object]:
+    return await follow_udp(open_polling)
+
+
+def ask(bound: bool) -> None:
+    """As a client of DNS does it; glibc's binds a netlink socket besides."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink,
+    ):
+        netlink.bind((0, 0))
+        if bound:
+            client.bind(("", 0))
+        client.sendto(b"?", ("127.0.0.1", 5300))
+
+
+async def udp_storms() -> dict[str, object]:
+    """What must cost nothing: clients of UDP, and servers of other namespaces; and what must cost little."""
+    async with detection(open_wakes) as (_, dumper, peer):
+        with closing(udp_server("127.0.0.1", 5300)):
+            await peer.sees(5300)
+            await trio.sleep(QUIET)
+            counts = [dumper.dumps]
+            for _ in range(300):
+                ask(bound=False)
+            await trio.sleep(QUIET)
+            counts.append(dumper.dumps)
+            async with container(BIND_AND_CLOSE):
+                await trio.sleep(QUIET)
+                counts.append(dumper.dumps)
+            started = trio.current_time()
+            for _ in range(100):
+                ask(bound=True)
+                await trio.sleep(0.005)
+            await trio.sleep(QUIET)
+            counts.append(dumper.dumps)
+            seconds, notices = trio.current_time() - started, peer.notices
+        await peer.sees()
+    return {"counts": counts, "notices": notices, "seconds": seconds}
+
+
+async def udp_connected() -> dict[str, object]:
+    """A server that talks to its first client only, as iperf3 and socat do, is there until it closes."""
+    told: list[list[tuple[str, int]]] = []
+    async with detection(open_wakes) as (_, _, peer):
+        server = udp_server("0.0.0.0", 5300)
+        await peer.sees(5300)
+        server.connect(("127.0.0.1", 9))
+        with closing(udp_server("127.0.0.1", 5301)):  # so that the truth is read
+            await peer.sees(5300, 5301)
+            told.append(addresses(frozenset(peer.known)))
+        await peer.sees(5300)
+        notices = peer.notices
+        server.close()
+        await peer.sees()
+        # A client may choose its port, too; nobody serves there.
+        with closing(udp_server("127.0.0.1", 5302)) as client:
+            client.connect(("127.0.0.1", 9))
+            with closing(udp_server("127.0.0.1", 5301)):
+                await peer.sees(5301)
+            await peer.sees()
+    return {"told": told, "notices": notices}
 
 
 async def churn() -> dict[str, object]:

@@ -21,7 +21,7 @@ from guest_agent.__main__ import CONTROL_PORT, main
 from guest_agent.agent import Agent
 from guest_agent.fdstore import notify
 from protocol import execio
-from protocol.api import DialTcp, Exec, GetGuestInfo, Listener, Listeners
+from protocol.api import DialTcp, Exec, GetGuestInfo, GetOwners, Listener, Listeners
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.link import Hello, Link, Role, SerialChannel, Service
@@ -71,7 +71,7 @@ class Host:
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[Host]:
     path = tmp_path / "control.sock"
-    # The notify socket, too: the agent is ready when it has its transport.
+    # The notify socket, too: the agent has its transport when it says that it waits.
     with socket.socket(socket.AF_UNIX) as bound, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         bound.bind(str(path))
         bound.listen()
@@ -87,7 +87,7 @@ async def host(tmp_path: Path) -> AsyncIterator[Host]:
         )
         try:
             state = await trio.to_thread.run_sync(manager.recv, 100)
-            assert state.startswith(b"READY=1")
+            assert state == b"STATUS=waiting for the host"
             yield Host(listener, process)
         finally:
             with trio.CancelScope(shield=True):
@@ -124,6 +124,12 @@ async def test_a_whole_session(host: Host) -> None:
 
         info = await link.request(GetGuestInfo())
         assert info.port_detection in ("tracefs", "polling")
+        assert info.port_dumps >= 2
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            owners = (await link.request(GetOwners())).owners
+            (owner,) = [each for each in owners if each.port == server.getsockname()[1]]
+            assert owner.process == Path("/proc/self/comm").read_text().strip()  # noqa: ASYNC240
 
         async with await link.open(Exec(["sh", "-c", "echo $0 $1", "a", "b c"])) as stream:
             packets = execio.Decoder().receive_data(b"".join([data async for data in stream]))
@@ -198,6 +204,27 @@ async def test_a_transport_that_cannot_be_opened_is_tried_again(
     with trio.move_on_after(10):
         await Agent(nursery).serve(fail)
     assert len(attempts) == pytest.approx(10 / agent.PAUSE, abs=1)
+
+
+@pytest.mark.parametrize(("prepared", "ready_at"), [(2, 5.0), (1, agent.READY_AFTER), (0, agent.READY_AFTER)])
+async def test_docker_is_let_go_ahead_once_it_is_prepared_or_nobody_comes(
+    autojump_clock: Clock,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    prepared: int,
+    ready_at: float,
+) -> None:
+    said: list[tuple[float, str]] = []
+    monkeypatch.setattr(agent.fdstore, "notify", lambda state: said.append((trio.current_time(), state)))
+    started = trio.current_time()
+    tested = Agent(nursery)
+    nursery.start_soon(tested.report_readiness)
+    await trio.sleep(5)
+    assert said == []
+    for event in tested._prepared[:prepared]:
+        event.set()
+    await trio.sleep(agent.READY_AFTER)
+    assert said == [(started + ready_at, "READY=1")]
 
 
 def test_a_manager_that_is_not_there_is_no_reason_to_fail(

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,11 +16,12 @@ import trio
 from guest_agent import dial
 from guest_agent.dial import error_code
 from protocol import codec
-from protocol.api import DialTcp, DialUnix, Target
+from protocol.api import DialName, DialTcp, DialUnix, Target
 from protocol.errors import ErrorCode, LocalProtocolError, OpenRefused, StreamReset
 from protocol.link import Hello, Incoming, Link, MuxStream, Role, Service
 from protocol.pump import Pump
 from protocol.serial import SocketPort
+from tests.free_ports import free_port
 
 
 @asynccontextmanager
@@ -111,13 +113,6 @@ async def test_a_unix_socket(host: Link, tmp_path: Path) -> None:
             await stream.send_eof()
 
 
-def unused_port() -> int:
-    with socket.socket() as unlistened:
-        unlistened.bind(("127.0.0.1", 0))
-        port: int = unlistened.getsockname()[1]
-        return port
-
-
 async def refusal(host: Link, target: Target) -> OpenRefused:
     with pytest.raises(OpenRefused) as caught:
         await host.open(target)
@@ -125,7 +120,7 @@ async def refusal(host: Link, target: Target) -> OpenRefused:
 
 
 async def test_nobody_listens(host: Link, tmp_path: Path) -> None:
-    port = unused_port()
+    port = free_port()
     refused = await refusal(host, DialTcp("127.0.0.1", port))
     assert refused.code is ErrorCode.REFUSED
     assert refused.message == f"127.0.0.1 port {port}: Connection refused"
@@ -254,7 +249,7 @@ async def test_what_is_connected_at_once_sends_without_delay(
 
 
 async def test_what_is_refused_at_once_is_refused_by_the_task(guest: Guest) -> None:
-    port = unused_port()
+    port = free_port()
     refused = await refusal(guest.host, DialTcp("127.0.0.1", port))
     assert (refused.code, refused.message) == (
         ErrorCode.REFUSED,
@@ -387,3 +382,89 @@ def test_what_cannot_be_dialled_is_left_to_the_task(target: DialTcp) -> None:
     before = descriptors()
     assert not dial.dial_tcp_at_once(target, Unasked())  # type: ignore[arg-type]
     assert descriptors() == before
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def resolving(
+    monkeypatch: pytest.MonkeyPatch, *addresses: str, failure: socket.gaierror | None = None
+) -> list[str]:
+    """Let every name mean ``addresses``; the names that were asked for."""
+    asked: list[str] = []
+
+    def getaddrinfo(name: str, port: None, **options: object) -> list[tuple[Any, ...]]:
+        asked.append(name)
+        if failure is not None:
+            raise failure
+        family = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [(family[":" in address], socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+async def test_a_name_of_the_guest(host: Link) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with await host.open(DialName("localhost", server.getsockname()[1])) as stream:
+            served, _ = server.accept()
+            with served:
+                served.sendall(b"hello")
+            assert await everything(stream) == b"hello"
+
+
+async def test_the_address_that_answers_is_taken(host: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = resolving(monkeypatch, "::1", "127.0.0.2", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with await host.open(DialName("a.test", server.getsockname()[1])):
+            server.accept()[0].close()
+    assert asked == ["a.test"]
+
+
+async def test_an_address_that_is_silent_does_not_use_up_the_time(
+    host: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.4)
+    with full() as silent:
+        port = silent.getsockname()[1]
+        resolving(monkeypatch, "127.0.0.1", "::1")
+        with socket.create_server(("::1", port), family=socket.AF_INET6) as server:
+            async with await host.open(DialName("a.test", port)):
+                server.accept()[0].close()
+
+
+async def test_a_name_whose_addresses_refuse_is_refused(host: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolving(monkeypatch, "::1", "127.0.0.1")
+    assert (await refusal(host, DialName("a.test", free_port()))).code is ErrorCode.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(socket.EAI_NONAME, ErrorCode.NOT_FOUND), (socket.EAI_AGAIN, ErrorCode.UNREACHABLE)],
+)
+async def test_a_name_that_leads_nowhere(
+    host: Link, monkeypatch: pytest.MonkeyPatch, number: int, code: ErrorCode
+) -> None:
+    resolving(monkeypatch, failure=socket.gaierror(number, "Not known"))
+    refused = await refusal(host, DialName("a.test", 80))
+    assert (refused.code, refused.message) == (code, "a.test: Not known")
+
+
+@pytest.mark.parametrize(
+    "target", [DialName("a.test", 0), DialName("a.test", 65536), DialName("a" * 70 + ".test", 80)]
+)
+async def test_what_is_no_name_is_invalid(host: Link, target: DialName) -> None:
+    assert (await refusal(host, target)).code is ErrorCode.INVALID
+
+
+async def test_a_resolver_that_hangs_is_not_waited_for(host: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def hang(*arguments: object, **options: object) -> list[Any]:
+        answered.wait(30)
+        return []
+
+    monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    assert (await refusal(host, DialName("a.test", 80))).code is ErrorCode.TIMEOUT
+    answered.set()

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest_agent.edges import MAX_LINE, Edge, EdgeReader, matters, parse_line
+from guest_agent.edges import MAX_BINDING, MAX_LINE, Edge, EdgeReader, concerns, parse_line
+from guest_agent.listeners import ALL_PROTOS
+from protocol.api import Proto
 
 # As printed by Linux 6.18.
 STATE = (
@@ -14,6 +16,8 @@ STATE = (
 )
 OPENED = STATE.format(port=8080, old="TCP_CLOSE", new="TCP_LISTEN")
 CLOSED = STATE.format(port=8080, old="TCP_LISTEN", new="TCP_CLOSE")
+ENTERED = "         python3-14745   [001] .....  1288.6: sys_bind(fd: 3, umyaddr: 7ffe2c0d9f60, addrlen: 10)"
+BOUND = "         python3-14745   [000] .....  1288.7: sys_bind -> 0x0"
 RETURNED = "         python3-14745   [001] .....  1288.694724: sys_listen -> 0x0"
 
 
@@ -54,16 +58,43 @@ def test_an_endless_line_costs_no_memory_and_counts() -> None:
     assert reader.receive_data(b"\n") == [None]
 
 
+def read(*lines: str) -> list[Edge | None]:
+    return EdgeReader().receive_data("".join(f"{line}\n" for line in lines).encode())
+
+
+def test_a_bind_counts_when_it_returns_if_its_entry_did() -> None:
+    udp = Edge(14745, proto=Proto.UDP)
+    assert read(ENTERED) == []
+    assert read(BOUND) == []  # netlink, or what was bound before anyone looked
+    assert read(ENTERED, BOUND) == [udp]
+    assert read(ENTERED, BOUND, BOUND) == [udp]
+    assert read(ENTERED, BOUND.replace("14745", "14746")) == []
+
+
+def test_entries_that_never_return_cost_no_memory_and_count() -> None:
+    entries = [ENTERED.replace("14745", str(pid)) for pid in range(MAX_BINDING + 1)]
+    assert read(*entries) == [None]
+
+
+TCP_ONLY, UDP_ONLY, NEITHER = frozenset({Proto.TCP}), frozenset({Proto.UDP}), frozenset[Proto]()
+
+
 @pytest.mark.parametrize(
     ("edge", "expected"),
     [
-        (None, True),
-        (Edge(1), True),
-        (Edge(2), False),
-        (Edge(1, closed_port=80), True),
-        (Edge(2, closed_port=80), True),  # an inherited listener may be closed by anybody
-        (Edge(1, closed_port=81), False),
+        (None, ALL_PROTOS),
+        (Edge(1), TCP_ONLY),
+        (Edge(2), NEITHER),
+        (Edge(1, closed_port=80), TCP_ONLY),
+        (Edge(2, closed_port=80), TCP_ONLY),  # an inherited listener may be closed by anybody
+        (Edge(1, closed_port=81), NEITHER),
+        (Edge(1, closed_port=53), NEITHER),  # that is UDP's
+        (Edge(1, proto=Proto.UDP), UDP_ONLY),
+        (Edge(2, proto=Proto.UDP), NEITHER),
+        (Edge(0, closed_port=53, proto=Proto.UDP), UDP_ONLY),
+        (Edge(0, closed_port=80, proto=Proto.UDP), NEITHER),
     ],
 )
-def test_what_matters(edge: Edge | None, expected: bool) -> None:
-    assert matters(edge, {80}, foreign=lambda pid: pid == 2) is expected
+def test_what_is_concerned(edge: Edge | None, expected: frozenset[Proto]) -> None:
+    known = {(Proto.TCP, 80), (Proto.UDP, 53)}
+    assert concerns(edge, known, foreign=lambda pid: pid == 2) == expected

@@ -253,13 +253,16 @@ async def test_the_environment_is_a_logins_and_not_the_agents(
     host: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGENT_SECRET", "x")
+    of_the_machine = {"http_proxy": "http://10.0.2.2:3128", "HOME": "/wrong", "EXTRA": "wrong"}
+    monkeypatch.setattr(spawn, "login_environment", lambda: of_the_machine)
     process = await run(host, "env", env={"LANG": "de_DE.UTF-8", "EXTRA": "a=b c"})
     env = dict(line.split("=", 1) for line in process.stdout.decode().splitlines())
     user = pwd.getpwuid(os.geteuid()).pw_name
     assert set(env) - {"PWD", "SHLVL", "_"} == {
-        "EXTRA", "HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER",
+        "EXTRA", "HOME", "LANG", "LOGNAME", "PATH", "SHELL", "USER", "http_proxy",
     }  # fmt: skip
     assert (env["USER"], env["LANG"], env["EXTRA"]) == (user, "de_DE.UTF-8", "a=b c")
+    assert env["HOME"] != "/wrong"
 
 
 async def test_a_working_directory_that_does_not_exist_is_the_home(host: Link) -> None:

@@ -37,6 +37,7 @@ from protocol.files import (
 )
 from protocol.link import Hello, Link, Role, SerialChannel, Service
 from protocol.messages import Call
+from tests.guest_agent.fuse.entries import Name, piece_of, placed
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -112,18 +113,12 @@ class Folder:
         self._path(call).unlink()
         return Done(), b""
 
-    def List(self, call: calls.List, payload: bytes) -> tuple[object, bytes]:
-        blob = b""
-        for off, name in enumerate(sorted(os.listdir(os.fsencode(self._path(call)))), start=3):
-            record = calls.DIRENT.pack(off, off, len(name), 0) + name
-            blob += record + bytes(-len(record) % 8) if off > call.after else b""
-        return calls.Listing(len(blob), True), blob
+    def ListEntries(self, call: calls.ListEntries, payload: bytes) -> tuple[object, bytes]:
+        names = [Name(name, kind=0) for name in os.listdir(os.fsencode(self._path(call)))]
+        return piece_of(placed(names), call.after, promise=0)
 
     def Forget(self, call: calls.Forget, payload: bytes) -> tuple[object, bytes]:
         self.forgotten.update(self._nodes[node].name for node in call.nodes)
-        return Done(), b""
-
-    def Flushed(self, call: calls.Flushed, payload: bytes) -> tuple[object, bytes]:
         return Done(), b""
 
 

@@ -65,10 +65,34 @@ def test_the_longest_notice_fits_into_a_header() -> None:
     assert sum(len(part) for part in frame) < 0.75 * MAX_HEADER
 
 
-def test_a_changed_unit_goes_before_it_comes() -> None:
-    gone, come = list(notices(frozenset([listener(80)]), frozenset([listener(80, unit="a.service")])))
-    assert (gone.removed, gone.added) == ([listener(80)], [])
-    assert (come.removed, come.added) == ([], [listener(80, unit="a.service")])
+def test_a_server_that_moves_goes_and_comes_in_one_notice() -> None:
+    """So that its port on the host is never closed."""
+    before = frozenset([listener(80), listener(81)])
+    after = frozenset([listener(80, unit="a.service"), listener(81, "0.0.0.0")])
+    [moved] = notices(before, after)
+    assert moved.removed == [listener(80), listener(81)]
+    assert moved.added == [listener(80, unit="a.service"), listener(81, "0.0.0.0")]
+
+
+def test_many_that_move_do_so_in_one_notice_each() -> None:
+    ports = range(1, 2 * MAX_PER_NOTICE)
+    told = list(
+        notices(
+            frozenset(listener(port) for port in ports),
+            frozenset(listener(port, "::") for port in ports if port % 3),
+        )
+    )
+    for notice in told:
+        assert 0 < len(notice.added) + len(notice.removed) <= MAX_PER_NOTICE
+        gone = {each.port for each in notice.removed}
+        assert {each.port for each in notice.added} == {port for port in gone if port % 3}
+
+
+def test_one_port_with_more_than_a_notice_holds_is_told_in_several() -> None:
+    picture = frozenset(listener(80, unit=f"{number}.service") for number in range(MAX_PER_NOTICE + 1))
+    moved = frozenset([listener(80)])
+    assert [len(notice.removed) for notice in notices(picture, moved)] == [MAX_PER_NOTICE, 1]
+    assert [notice.added for notice in notices(picture, moved)] == [[], [listener(80)]]
 
 
 def test_beyond_the_limit_the_lowest_ports_are_kept() -> None:

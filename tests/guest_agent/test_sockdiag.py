@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from guest_agent.listeners import Snapshot
-from guest_agent.sockdiag import Row, open_dumper, parse_message, parse_row
+from guest_agent.listeners import Protos, Snapshot
+from guest_agent.sockdiag import Row, open_dumper, parse_message, parse_row, still_serving
 from protocol.api import Listener, Proto
 
 # A listener on 127.0.0.1:52357 as Linux 6.18 tells it (without the netlink header): inet_diag_msg, then
@@ -73,6 +73,13 @@ def test_real_sockets_v4_and_v6_and_only_listening_ones(
     assert result["both"] == result["expected"]
 
 
+def test_of_udp_only_what_a_program_bound_to_a_port_it_chose(in_namespace: Scenario) -> None:
+    result = in_namespace("udp_dump")
+    assert result["found"] == [["127.0.0.1", 51820], ["::1", 5353]]
+    assert result["of_tcp"] == []
+    assert result["after"] == []
+
+
 def test_a_dump_of_many_parts(in_namespace: Scenario) -> None:
     assert in_namespace("many")["same"]
 
@@ -93,6 +100,17 @@ def test_pyroute2_is_imported_late_lean_and_whole_afterwards() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+def test_a_udp_server_stays_while_a_connected_socket_has_its_port() -> None:
+    def server(address: str, port: int) -> Listener:
+        return Listener(Proto.UDP, address, port, "a.service")
+
+    rows = [Row(1, "127.0.0.1", 1, 0), Row(1, "::1", 2, 0), Row(7, "127.0.0.1", 3, 0)]
+    stay = {server("0.0.0.0", 1), server("127.0.0.1", 1), server("::", 1), server("::1", 2)}
+    go = {server("10.0.0.1", 1), server("127.0.0.1", 2), server("0.0.0.0", 3), server("127.0.0.1", 4)}
+    assert still_serving(frozenset(stay | go), rows) == stay
+    assert still_serving(frozenset(), rows) == frozenset()
+
+
 class ScriptedTable:
     """Answers from a list; an exception in it is raised."""
 
@@ -101,7 +119,7 @@ class ScriptedTable:
         self.threads: set[int] = set()
         self.closed = 0
 
-    def listeners(self) -> Snapshot:
+    def listeners(self, protos: Protos) -> Snapshot:
         self.threads.add(threading.get_ident())
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
@@ -138,9 +156,9 @@ async def test_a_cancelled_dump_neither_blocks_nor_leaks_into_the_next() -> None
     first, second = frozenset([Listener(Proto.TCP, "::", 1)]), frozenset([Listener(Proto.TCP, "::", 2)])
 
     class SlowTable(ScriptedTable):
-        def listeners(self) -> Snapshot:
+        def listeners(self, protos: Protos) -> Snapshot:
             release.wait(10)
-            return super().listeners()
+            return super().listeners(protos)
 
     table: Any = SlowTable([first, second])
     async with open_dumper(lambda: table) as dumper:

@@ -8,7 +8,8 @@ import trio
 from trio.testing import MockClock as Clock
 
 from guest_agent import accounts
-from guest_agent.system import ANSWER_FIRST, CLOCK_TOLERANCE_NS, Kernel, System, read_meminfo
+from guest_agent.clock import TOLERANCE_NS
+from guest_agent.system import ANSWER_FIRST, Kernel, System, read_meminfo
 from protocol.api import Configure, Done, GetGuestInfo, Shutdown
 from protocol.errors import ErrorCode, RpcError
 
@@ -93,9 +94,9 @@ async def test_a_guest_without_hosts_gets_localhost(system: System, root: Path) 
     ("off", "stepped"),
     [
         (0, False),
-        (CLOCK_TOLERANCE_NS, False),
-        (-CLOCK_TOLERANCE_NS, False),
-        (CLOCK_TOLERANCE_NS + 1, True),
+        (TOLERANCE_NS, False),
+        (-TOLERANCE_NS, False),
+        (TOLERANCE_NS + 1, True),
         (-3600 * 10**9, True),
     ],
 )

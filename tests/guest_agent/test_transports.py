@@ -12,11 +12,22 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from guest_agent import transports
-from guest_agent.transports import BACKOFF_MOST, OpenTransport, PortStream, open_port, run_agent, transport_of
+from guest_agent.transports import (
+    BACKOFF_MOST,
+    FULL_FIRST,
+    OpenTransport,
+    PortStream,
+    open_port,
+    run_agent,
+    transport_of,
+)
 
 
 class Port:
-    """A port without a driver: what each call does is scripted, and readiness is always promised."""
+    """A port without a driver: what each call does is scripted, and readiness to be read is always promised.
+
+    Nobody may ask whether it can be written to: whoever reads would never hear of what that finds there to be read.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reads: list[bytes | OSError] = []
@@ -26,7 +37,7 @@ class Port:
         monkeypatch.setattr(transports.os, "read", self.read)
         monkeypatch.setattr(transports.os, "write", self.write)
         monkeypatch.setattr(trio.lowlevel, "wait_readable", self.ready)
-        monkeypatch.setattr(trio.lowlevel, "wait_writable", self.ready)
+        monkeypatch.setattr(trio.lowlevel, "wait_writable", lambda fd: pytest.fail("asked"))
 
     async def ready(self, fd: int) -> None:
         await trio.lowlevel.checkpoint()
@@ -74,8 +85,23 @@ async def test_writing_while_disconnected_backs_off_and_then_writes_everything(
     port.write_errors = [BlockingIOError(errno.EAGAIN, "again") for _ in range(100)]
     started = trio.current_time()
     await stream.send_all(b"0123456789")
-    assert trio.current_time() - started == pytest.approx(99 * BACKOFF_MOST, rel=0.05)
+    assert trio.current_time() - started == pytest.approx(93 * BACKOFF_MOST, rel=0.05)
     assert port.written == b"0123456789"
+
+
+async def test_a_host_that_takes_a_while_is_tried_again_soon(
+    stream: PortStream, monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock
+) -> None:
+    """At no time is the ring found full for longer than it has been full already."""
+    port = Port(monkeypatch)
+    for full in (1, 4):
+        port.write_errors = [BlockingIOError(errno.EAGAIN, "again") for _ in range(full)]
+        started = trio.current_time()
+        assert not stream.send_nowait(b"x")
+        await stream.send_all(b"012")
+        assert trio.current_time() - started == pytest.approx((2 ** (full - 1) - 1) * FULL_FIRST)
+    await stream.wait_send_all_might_not_block()
+    assert port.written == b"012012"
 
 
 async def test_a_port_that_is_gone_breaks_the_stream(

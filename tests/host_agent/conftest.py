@@ -32,3 +32,11 @@ def instance(home: Home) -> InstancePaths:
     paths = home.instance()
     paths.ensure()
     return paths
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a short name, for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="ac-"))
+    yield path
+    shutil.rmtree(path)

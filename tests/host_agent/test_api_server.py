@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -13,19 +14,43 @@ import pytest
 import trio
 import trio.testing
 
-from host_agent import api_server, cli, mount_rows, mounts, state, up
+from host_agent import (
+    api_server,
+    applying,
+    disk_requests,
+    guest_reload,
+    mount_rows,
+    mounts,
+    rule_text,
+    state,
+    up,
+)
 from host_agent.api_server import Answers, ApiServer
 from host_agent.client import all_forwards, connected, hello
-from host_agent.config import InstanceConfig, Wishes
+from host_agent.commands import forward, run
+from host_agent.configuration import config
+from host_agent.configuration.config import InstanceConfig, Wishes
+from host_agent.doctor import instance as doctor
+from host_agent.doctor.examination import examine
 from host_agent.errors import ExitCode, UserError
 from host_agent.events import EventLog
-from host_agent.forwarders import listen_unix
-from host_agent.forwards import MAX_WORD
+from host_agent.forwards import MAX_FORWARDS, MAX_WORD
+from host_agent.network_settings import NetworkSettings
 from host_agent.paths import Home, InstancePaths
+from host_agent.port_rules import changed
+from host_agent.rules import MAX_RULES
 from host_agent.state import InstanceState
+from host_agent.unix_listening import listen_unix
 from protocol.api import (
     AddMounts,
+    ChangePorts,
+    ChangeSocketForwards,
+    ContainerUsage,
+    DialHost,
+    DialName,
     DialTcp,
+    DialUnix,
+    Disk,
     Event,
     Exec,
     Forward,
@@ -33,23 +58,35 @@ from protocol.api import (
     ForwardState,
     GetForwards,
     GetMounts,
+    GetPortSettings,
+    GetSocketForwards,
     GetStatus,
+    GetUsage,
     GuestInfo,
+    GuestUsage,
     InstanceStatus,
     Mount,
     Mounts,
     MountSpec,
     MountState,
+    Owner,
+    PortRule,
+    PortSettings,
     Proto,
+    SocketForward,
+    SocketRow,
+    SocketRows,
     Stage,
     StopInstance,
     Subscribe,
     Target,
+    Usage,
 )
 from protocol.errors import ErrorCode, LinkError, OpenRefused, RpcError
 from protocol.link import Link, Role, Service
 from protocol.messages import MAX_TEXT
 from protocol.muxstream import MuxStream
+from tests.host_agent.guest_values import PLAIN
 
 STATUS = InstanceStatus(
     *("default", Stage.RUNNING, "ready", "", "kvm", 2, 1 << 30, 1 << 34, "img", 5, 6, 7.0, 0, True),
@@ -71,6 +108,49 @@ class Instance:
     rows: list[Forward] = field(default_factory=lambda: [ROW])
     mounts: list[Mount] = field(default_factory=list)
     mount_failure: Exception | None = None
+    ports: PortSettings = field(default_factory=PortSettings)
+    port_failure: Exception | None = None
+    sockets: list[SocketForward] = field(default_factory=list)
+    socket_failure: Exception | None = None
+    owners_asked: int = 0
+    disk: Disk = field(default_factory=lambda: Disk(20 << 30, 1 << 30, 40 << 30, used=1 << 29))
+    disk_failure: Exception | None = None
+
+    async def get_disk(self) -> Disk:
+        await trio.lowlevel.checkpoint()
+        return self.disk
+
+    async def change_disk(self, size: int) -> Disk:
+        if self.disk_failure is not None:
+            raise self.disk_failure
+        self.disk = replace(self.disk, size=size)
+        return await self.get_disk()
+
+    async def compact_disk(self) -> Disk:
+        if self.disk_failure is not None:
+            raise self.disk_failure
+        self.disk = replace(self.disk, given_back=1 << 20)
+        return await self.get_disk()
+
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
+
+    notes: list[str] = field(default_factory=list)
+    reload_failure: Exception | None = None
+
+    async def reload(self) -> list[str]:
+        await trio.lowlevel.checkpoint()
+        if self.reload_failure is not None:
+            raise self.reload_failure
+        return self.notes
+
+    async def get_owners(self) -> list[Owner]:
+        await trio.lowlevel.checkpoint()
+        self.owners_asked += 1
+        return [Owner(Proto.TCP, "::", 80, "nginx", "web")]
+
+    async def get_usage(self) -> Usage:
+        await trio.lowlevel.checkpoint()
+        return self.usage
 
     async def get_status(self) -> InstanceStatus:
         await trio.lowlevel.checkpoint()
@@ -88,6 +168,22 @@ class Instance:
             raise self.mount_failure
         self.mounts += [Mount(spec, MountState.MOUNTED) for spec in specs]
         return await self.get_mounts()
+
+    async def get_sockets(self) -> SocketRows:
+        await trio.lowlevel.checkpoint()
+        return SocketRows([SocketRow(each, ForwardState.LISTENING) for each in self.sockets])
+
+    async def change_sockets(self, change: ChangeSocketForwards) -> SocketRows:
+        if self.socket_failure is not None:
+            raise self.socket_failure
+        self.sockets = [each for each in self.sockets if each not in change.remove] + change.add
+        return await self.get_sockets()
+
+    def change_ports(self, request: ChangePorts) -> PortSettings:
+        if self.port_failure is not None:
+            raise self.port_failure
+        self.ports = changed(self.ports, request)
+        return self.ports
 
     async def stop(self, request: StopInstance) -> None:
         self.stops.append(request)
@@ -122,6 +218,16 @@ async def served(paths: InstancePaths) -> AsyncIterator[Running]:
         instance.dial,
         instance.get_mounts,
         instance.add_mounts,
+        lambda: instance.ports,
+        instance.change_ports,
+        instance.get_sockets,
+        instance.change_sockets,
+        instance.get_owners,
+        instance.get_disk,
+        instance.change_disk,
+        instance.compact_disk,
+        instance.get_usage,
+        instance.reload,
     )
     server = ApiServer(paths.agent_socket, answers, events)
     scope = trio.CancelScope()
@@ -156,12 +262,80 @@ async def until(condition: Callable[[], object]) -> None:
 # --- requests --------------------------------------------------------------------------------------
 
 
+async def test_the_doctor_asks_what_runs(instance: InstancePaths) -> None:
+    with state.locked(instance.lock):
+        async with served(instance) as running:
+            spec = MountSpec("/srv", "/srv", real_path="/srv")
+            running.instance.mounts = [Mount(spec, MountState.FULL, "the host's disk is full", "make room")]
+            told = await doctor.ask(instance)
+            assert told == doctor.Told(STATUS, tuple(running.instance.mounts), (ROW,))
+            diagnosis = await examine(Home(instance.directory.parent.parent), instance)
+    found = {finding.topic: finding for finding in diagnosis.findings}
+    assert found["folders"].message == "/srv: the host's disk is full"
+    assert found["instance"].message == "it runs, and the VM answers"
+    assert diagnosis.exit_code != 0
+
+
 async def test_questions_are_answered(instance: InstancePaths) -> None:
-    async with served(instance):
+    async with served(instance) as running:
         assert stat.S_IMODE(instance.agent_socket.stat().st_mode) == 0o600
         async with connected(instance) as link:
             assert await link.request(GetStatus()) == STATUS
             assert await link.request(GetForwards()) == Forwards([ROW], total=1)
+            assert running.instance.owners_asked == 0
+            assert await all_forwards(link, owners=True) == [replace(ROW, process="nginx", container="web")]
+            assert running.instance.owners_asked == 1
+
+
+async def test_the_disk_of_a_running_instance_is_shown_and_changed(instance: InstancePaths) -> None:
+    def commands() -> list[Disk]:
+        grown = disk_requests.grow(instance, 30 << 30)
+        return [grown, disk_requests.show(instance), disk_requests.compact(instance)]
+
+    with state.locked(instance.lock):
+        async with served(instance) as running:
+            before = running.instance.disk
+            grown = replace(before, size=30 << 30)
+            assert await trio.to_thread.run_sync(commands) == [
+                grown,
+                grown,
+                replace(grown, given_back=1 << 20),
+            ]
+            with pytest.raises(UserError, match="never shrinks") as refused:
+                await trio.to_thread.run_sync(disk_requests.grow, instance, 20 << 30)
+            assert refused.value.exit_code is ExitCode.RESOURCES
+            assert await disk_requests.grow_while_running(instance, 40 << 30) == ()
+            assert running.instance.disk.size == 40 << 30
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(UserError("no", "do that"), ErrorCode.INVALID), (OSError("disk full"), ErrorCode.DENIED)],
+)
+async def test_a_disk_that_cannot_grow_is_a_sentence(
+    instance: InstancePaths, failure: Exception, code: ErrorCode
+) -> None:
+    with state.locked(instance.lock):
+        async with served(instance) as running:
+            running.instance.disk_failure = failure
+            with pytest.raises(RpcError) as caught:
+                await trio.to_thread.run_sync(disk_requests.grow, instance, 30 << 30)
+            assert caught.value.code is code
+            (warning,) = await disk_requests.grow_while_running(instance, 30 << 30)
+            assert str(failure) in warning
+            running.instance.disk_failure = UserError("no", "do that")
+            with pytest.raises(RpcError, match="no"):
+                await trio.to_thread.run_sync(disk_requests.compact, instance)
+
+
+async def test_the_disk_of_an_instance_of_an_older_agentctl_is_not_touched(instance: InstancePaths) -> None:
+    with state.locked(instance.lock):
+        async with served(instance) as running:
+            # As its server would answer what it has never heard of.
+            running.instance.disk_failure = RpcError(ErrorCode.UNSUPPORTED, "no such method")
+            with pytest.raises(UserError, match="older agentctl") as caught:
+                await trio.to_thread.run_sync(disk_requests.compact, instance)
+            assert "agentctl restart" in caught.value.hint
 
 
 async def test_mounts_are_listed_and_added(instance: InstancePaths) -> None:
@@ -191,6 +365,176 @@ async def test_a_mount_that_cannot_be_is_told_why(
         assert caught.value.message.startswith(message)
 
 
+async def test_sockets_are_listed_and_changed(instance: InstancePaths) -> None:
+    one = SocketForward("/guest", "/host")
+    async with served(instance) as running, connected(instance) as link:
+        assert await link.request(GetSocketForwards()) == SocketRows([])
+        changed = await link.request(ChangeSocketForwards(add=[one]))
+        assert changed == SocketRows([SocketRow(one, ForwardState.LISTENING)])
+        assert await link.request(GetSocketForwards()) == changed
+        for failure, code in (
+            (UserError("no", "hint"), ErrorCode.INVALID),
+            (OSError(28, "x"), ErrorCode.DENIED),
+        ):
+            running.instance.socket_failure = failure
+            with pytest.raises(RpcError) as caught:
+                await link.request(ChangeSocketForwards(add=[one]))
+            assert caught.value.code is code
+
+
+RULE = PortRule(guest_port=80, ports=1, host_port=8080)
+
+
+async def test_the_rules_of_ports_are_asked_for_and_changed(instance: InstancePaths) -> None:
+    async with served(instance) as running, connected(instance) as link:
+        assert await link.request(GetPortSettings()) == PortSettings()
+        wanted = PortSettings([RULE], lan=True, privileged_offset=10000)
+        assert await link.request(ChangePorts([RULE], lan=True, privileged_offset=10000)) == wanted
+        assert await link.request(GetPortSettings()) == running.instance.ports == wanted
+
+
+async def test_up_has_settings_of_the_guest_taken_up(instance: InstancePaths) -> None:
+    changed = replace(PLAIN, environment=(("A", "1"),))
+    config.save_kept(instance.running_config, PLAIN)
+    async with served(instance) as running:
+        running.instance.status = replace(STATUS, warnings=["not so"])
+        running.instance.notes = ["done", "x" * 2 * MAX_TEXT]
+        assert await guest_reload.apply(instance, PLAIN) == ("not so",)
+        done, long, warning = await guest_reload.apply(instance, changed)
+        assert (done, len(long), warning) == ("done", MAX_TEXT, "not so")
+        running.instance.reload_failure = UserError("no", "do that")
+        with pytest.raises(UserError, match="no") as caught:
+            await guest_reload.apply(instance, changed)
+        assert caught.value.hint == "do that"
+        running.instance.reload_failure = OSError(28, "No space left on device")
+        with pytest.raises(UserError, match="No space left"):
+            await guest_reload.apply(instance, changed)
+        running.instance.reload_failure = RpcError(ErrorCode.UNSUPPORTED, "no such request")
+        assert await guest_reload.apply(instance, changed) == (guest_reload.OLDER, "not so")
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(UserError("no", "do that"), ErrorCode.INVALID), (OSError("disk full"), ErrorCode.DENIED)],
+)
+async def test_why_rules_cannot_be_is_told(
+    instance: InstancePaths, failure: Exception, code: ErrorCode
+) -> None:
+    async with served(instance) as running, connected(instance) as link:
+        running.instance.port_failure = failure
+        with pytest.raises(RpcError) as caught:
+            await link.request(ChangePorts([RULE]))
+        assert caught.value.code is code
+
+
+async def test_the_longest_list_of_rules_fits_into_an_answer(instance: InstancePaths) -> None:
+    longest = PortRule(
+        guest_ip="fd00:" * 7 + "0", guest_port=65535, ports=1, host_port=65535, host_socket="/" + "s" * 106
+    )
+    rules = [replace(longest, guest_port=port) for port in range(60_000, 60_000 + MAX_RULES)]
+    async with served(instance) as running, connected(instance) as link:
+        running.instance.ports = PortSettings(rules)
+        assert (await link.request(GetPortSettings())).rules == rules
+
+
+async def test_rules_are_added_removed_and_listed_by_the_command_line(instance: InstancePaths) -> None:
+    sockets = [SocketForward("/guest", "/host")]
+    with state.locked(instance.lock):
+        async with served(instance) as running:
+            settings, table = await forward._change_forwards_of_running(
+                instance, ChangePorts([RULE]), ChangeSocketForwards(sockets)
+            )
+            assert settings.rules == running.instance.ports.rules == [RULE]
+            assert [row.forward for row in table.rows] == sockets
+            await forward._change_forwards_of_running(
+                instance, ChangePorts(remove=rule_text.find([RULE], "8080:80")), ChangeSocketForwards()
+            )
+            assert (await forward._forwards_of_running(instance))[0] == PortSettings()
+
+
+async def test_up_changes_ports_of_a_running_instance(instance: InstancePaths) -> None:
+    wanted = replace(ASKED, lan=True, privileged_offset=10000)
+    async with served(instance) as running:
+        running.instance.ports = PortSettings([RULE])
+        assert await applying.change_ports(instance, wanted) == ()
+        assert running.instance.ports == PortSettings([RULE], lan=True, privileged_offset=10000)
+        running.instance.port_failure = UserError("no", "do that")
+        assert await applying.change_ports(instance, wanted) == (), "nothing is to be changed"
+        with pytest.raises(UserError, match="no"):
+            await applying.change_ports(instance, ASKED)
+
+
+async def test_up_applies_rules_that_were_edited_in_the_file(instance: InstancePaths) -> None:
+    other = replace(RULE, guest_port=81)
+    third = replace(RULE, guest_port=82)
+    config.save(instance, replace(ASKED, identity=str(uuid.uuid4()), rules=(other, RULE)))
+    async with served(instance) as running:
+        running.instance.ports = PortSettings([RULE, third])
+        assert await applying.change_ports(instance, ASKED) == ()
+        assert running.instance.ports == PortSettings([other, RULE])
+
+
+async def test_up_applies_sockets_that_were_edited_in_the_file(instance: InstancePaths) -> None:
+    old, kept, new = (SocketForward(f"/guest/{name}", f"/host/{name}") for name in ("old", "kept", "new"))
+    async with served(instance) as running:
+        running.instance.sockets = [old, kept]
+        assert await applying.change_sockets(instance, ASKED) == ()
+        assert running.instance.sockets == [old, kept], "there is no file"
+        config.save(instance, replace(ASKED, identity=str(uuid.uuid4()), sockets=(kept, new)))
+        assert await applying.change_sockets(instance, ASKED) == ()
+        assert running.instance.sockets == [kept, new]
+        running.instance.socket_failure = UserError("it cannot be", "see")
+        assert await applying.change_sockets(instance, ASKED) == (), "nothing is to be changed"
+        config.save(instance, replace(ASKED, identity=str(uuid.uuid4()), sockets=(new,)))
+        with pytest.raises(UserError, match="it cannot be"):
+            await applying.change_sockets(instance, ASKED)
+
+
+async def test_up_says_what_of_the_network_waits_for_a_restart(instance: InstancePaths) -> None:
+    asked = replace(ASKED, identity=str(uuid.uuid4()))
+    config.save(instance, asked)
+    config.save_kept(instance.running_config, asked)
+    edited = replace(asked, network=NetworkSettings(proxies="none"))
+    async with served(instance) as running:
+        status = running.instance.status
+        status = replace(status, cpus=asked.cpus, memory=asked.memory, disk=asked.disk)
+        for chosen, said in ((asked, []), (edited, ["network"])):
+            joined = await trio.to_thread.run_sync(up._joined, instance, status, chosen)
+            assert [word for word in ("cpus", "network") if word in " ".join(joined.warnings)] == said
+
+
+async def test_up_makes_the_disk_larger_and_never_smaller(instance: InstancePaths) -> None:
+    asked = replace(ASKED, identity=str(uuid.uuid4()))
+    config.save(instance, asked)
+    config.save_kept(instance.running_config, asked)
+    with state.locked(instance.lock):
+        async with served(instance) as running:
+            instance_ = running.instance
+            instance_.status = replace(STATUS, cpus=asked.cpus, memory=asked.memory, disk=asked.disk)
+            larger = replace(asked, disk=2 * asked.disk)
+            before, instance_.status = instance_.status, replace(instance_.status, disk=larger.disk)
+            joined = await trio.to_thread.run_sync(up._joined, instance, before, larger)
+            assert (joined.warnings, joined.status.disk) == ((), larger.disk)
+            assert instance_.disk.size == larger.disk
+            instance_.disk_failure = UserError("the disk never shrinks", "do not")
+            joined = await trio.to_thread.run_sync(up._joined, instance, instance_.status, asked)
+            assert joined.warnings == ("the disk never shrinks; do not",)
+
+
+async def test_what_is_used_fits_into_an_answer_whatever_the_guest_says(instance: InstancePaths) -> None:
+    many = [ContainerUsage("x" * 100_000, "ü" * 100_000, 1.0, 2, 3)] * 1000
+    async with served(instance) as running, connected(instance) as link:
+        assert await link.request(GetUsage()) == Usage(0, 0)
+        guest = GuestUsage(1.0, 2, 3.0, 4.0, 5.0, [6.0] * 100_000, *(0,) * 10, containers=many)
+        running.instance.usage = Usage(7, 8, guest)
+        told = await link.request(GetUsage())
+    assert (told.received, told.sent) == (7, 8)
+    assert told.guest is not None
+    assert told.guest.load == [6.0] * 3
+    assert len(told.guest.containers) == api_server.MAX_CONTAINERS
+    assert {len(each.name) for each in told.guest.containers} == {MAX_WORD}
+
+
 async def test_the_longest_table_of_mounts_fits_into_an_answer(instance: InstancePaths) -> None:
     path = "/" + "p" * (mounts.MAX_PATH - 1)
     words = "\U0001f600" * mount_rows.MAX_WORDS
@@ -211,7 +555,7 @@ async def test_up_mounts_what_a_running_instance_lacks(instance: InstancePaths) 
     here, there = MountSpec("/srv/here", "/srv/here"), MountSpec("/srv/there", "/there")
     async with served(instance) as running:
         running.instance.mounts = [Mount(here, MountState.MOUNTED)]
-        assert await up._mount_more(instance, replace(ASKED, mounts=(here, there))) == ()
+        assert await applying.mount_more(instance, replace(ASKED, mounts=(here, there))) == ()
         assert [mount.spec for mount in running.instance.mounts] == [here, there]
 
 
@@ -220,9 +564,9 @@ async def test_up_takes_nothing_away_and_says_so(instance: InstancePaths) -> Non
     async with served(instance) as running:
         running.instance.mounts = [Mount(here, MountState.MOUNTED), Mount(other, MountState.MOUNTED)]
         only = replace(ASKED, mounts=(replace(here, read_only=True),))
-        (warning,) = await up._mount_more(instance, only)
+        (warning,) = await applying.mount_more(instance, only)
         assert warning.startswith(
-            "/other, /srv/here: unchanged until you restart the instance: agentctl stop,"
+            "/other, /srv/here: unchanged until you restart the instance: agentctl restart"
         )
         assert [mount.spec for mount in running.instance.mounts] == [here, other]
 
@@ -232,9 +576,9 @@ async def test_up_says_which_folders_the_vm_does_not_see(instance: InstancePaths
     async with served(instance) as running:
         running.instance.mounts = [lost, Mount(MountSpec("/c", "/c"), MountState.MOUNTED)]
         expected = ("/b is not mounted: /a is missing on the host (make it)",)
-        assert await up._mounts_after_start(instance) == expected
-        assert (await up._mount_more(instance, replace(ASKED, mounts=(lost.spec,))))[1:] == expected
-    assert await up._mounts_after_start(instance) == ()
+        assert await applying.mounts_after_start(instance) == expected
+        assert (await applying.mount_more(instance, replace(ASKED, mounts=(lost.spec,))))[1:] == expected
+    assert await applying.mounts_after_start(instance) == ()
 
 
 async def test_up_says_of_which_folders_the_vm_sees_another_one(
@@ -250,14 +594,14 @@ async def test_up_says_of_which_folders_the_vm_sees_another_one(
             Mount(moved, MountState.MOUNTED, "it was moved", "ask again"),
             Mount(sound, MountState.MOUNTED, "the clock is off"),
         ]
-        assert await up._mounts_after_start(instance) == ("/src: it was moved (ask again)",)
+        assert await applying.mounts_after_start(instance) == ("/src: it was moved (ask again)",)
 
 
 async def test_a_mount_that_cannot_be_added_is_an_error_of_up(instance: InstancePaths) -> None:
     async with served(instance) as running:
         running.instance.mount_failure = UserError("no room", "make some")
         with pytest.raises(UserError, match="no room") as caught:
-            await up._mount_more(instance, replace(ASKED, mounts=(MountSpec("/a", "/a"),)))
+            await applying.mount_more(instance, replace(ASKED, mounts=(MountSpec("/a", "/a"),)))
         assert caught.value.hint == "make some"
 
 
@@ -297,9 +641,9 @@ async def test_a_command_runs_where_the_user_is(
     instance: InstancePaths, folder: str, state: MountState, expected: str
 ) -> None:
     async with served(instance) as running, connected(instance) as link:
-        assert await cli._shared_directory(link) is None
+        assert await run._shared_directory(link) is None
         running.instance.mounts = [Mount(MountSpec(folder, "/src"), state)]
-        assert await cli._shared_directory(link) == expected
+        assert await run._shared_directory(link) == expected
 
 
 async def test_a_command_runs_at_home_if_the_working_directory_was_deleted(
@@ -307,7 +651,7 @@ async def test_a_command_runs_at_home_if_the_working_directory_was_deleted(
 ) -> None:
     monkeypatch.setattr(mounts, "here", lambda: None)
     async with served(instance), connected(instance) as link:
-        assert await cli._shared_directory(link) is None
+        assert await run._shared_directory(link) is None
 
 
 # As long as a guest can make them, and as wide as text can be.
@@ -483,6 +827,22 @@ async def test_a_subscriber_that_left_is_forgotten_at_once(instance: InstancePat
         assert running.server._links == set()
 
 
+async def test_all_ports_may_change_at_once(instance: InstancePaths) -> None:
+    """Closed here, open there: so many events before anything is sent. (A quarter of them, for the time it takes.)"""
+    assert api_server.MAX_BEHIND >= 2 * MAX_FORWARDS
+    numbers = [str(number) for number in range(MAX_FORWARDS // 2)]
+    heard: list[Event] = []
+    async with served(instance) as running:
+        async with connected(instance, listening(heard)) as link:
+            await link.request(Subscribe())
+            for number in numbers:
+                running.events.say("port-listening", "0.0.0.0:8080 is forwarded to the VM", port=number)
+            with trio.fail_after(60):
+                while len(heard) < len(numbers):
+                    await trio.sleep(0.01)
+    assert [event.fields["port"] for event in heard] == numbers
+
+
 async def test_a_subscriber_that_does_not_keep_up_is_dropped(
     instance: InstancePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,11 +903,22 @@ async def test_why_a_stream_cannot_be_is_passed_on(
             assert caught.value.hint
 
 
-async def test_only_exec_can_be_opened(instance: InstancePaths) -> None:
+@pytest.mark.parametrize("target", [DialTcp("172.17.0.2", 80), DialName("web", 80)])
+async def test_a_connection_in_the_guest_is_relayed_as_well(instance: InstancePaths, target: Target) -> None:
+    async with served(instance) as running, connected(instance) as link:
+        async with await link.open(target) as client:
+            assert running.instance.dialled == [target]
+            await client.send_all(b"in")
+            assert running.instance.guest is not None
+            assert await running.instance.guest.receive_some() == b"in"
+
+
+async def test_nothing_else_can_be_opened(instance: InstancePaths) -> None:
     async with served(instance) as running:
         async with connected(instance) as link:
-            with pytest.raises(OpenRefused):
-                await link.open(DialTcp("127.0.0.1", 22))
+            for target in (DialUnix("/run/docker.sock"), DialHost("/g")):
+                with pytest.raises(OpenRefused):
+                    await link.open(target)
         assert running.instance.dialled == []
 
 

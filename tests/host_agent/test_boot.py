@@ -12,7 +12,7 @@ import pytest
 
 from host_agent.boot import Booter
 from host_agent.bulk_memory import NOT_WANTED, SIZE
-from host_agent.config import GIB, InstanceConfig
+from host_agent.configuration.config import GIB, InstanceConfig
 from host_agent.events import EventLog
 from host_agent.paths import Home, InstancePaths
 from provision.image import Image

@@ -2,78 +2,43 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+from contextlib import suppress
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
 from host_agent import cli as module
-from host_agent import config, state
-from host_agent.cli import cli
-from host_agent.config import GIB, Host
+from host_agent import state
+from host_agent.cli import PLACES, cli
+from host_agent.configuration import config
+from host_agent.configuration.config import GIB, Host
 from host_agent.errors import ExitCode
 from host_agent.paths import Home, InstancePaths
 from host_agent.state import InstanceState
 from protocol.api import InstanceStatus
-
-REPOSITORY = Path(__file__).parents[2]
-COMMANDS = sorted(cli.commands)
+from tests.host_agent.command_line import REPOSITORY, Done, agentctl, process, said
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    return found
 
 
-def agentctl(*words: str) -> Done:
-    """Run the command line; it never lets an exception out, whatever happens."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, open(os.devnull) as nothing:
-        patch.setattr(sys, "argv", ["agentctl", *words])
-        for name, stream in (("stdin", nothing), ("stdout", out), ("stderr", err)):
-            patch.setattr(sys, name, stream)
-        with pytest.raises(SystemExit) as ended:
-            module.main()
-    texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
-    return Done(int(ended.value.code or 0), *texts)
-
-
-def process(*words: str, **options: object) -> Done:
-    """The same in a process of its own; it never shows a traceback."""
-    settings: dict[str, object] = {"stdin": subprocess.DEVNULL, "capture_output": True, **options}
-    done = subprocess.run(
-        [sys.executable, "-m", "host_agent", *words],
-        cwd=REPOSITORY,
-        text=True,
-        timeout=30,
-        check=False,
-        **settings,  # type: ignore[call-overload]
-    )
-    assert "Traceback" not in done.stderr
-    return Done(done.returncode, done.stdout or "", done.stderr)
-
-
-def said(done: Done) -> list[str]:
-    """The sentence and the hint."""
-    lines = done.stderr.splitlines()
-    assert lines[0].startswith("error: "), lines
-    assert len(lines) <= 2, lines
-    assert all(line.startswith("hint: ") for line in lines[1:]), lines
-    return lines
+COMMANDS = sorted(name for name in PLACES if not command(name).hidden)
 
 
 def test_all_commands_are_there() -> None:
     wanted = {"up", "status", "ports", "mounts", "exec", "shell", "logs", "env", "stop", "delete"}
+    wanted |= {"forward", "open", "tunnel", "doctor", "watch", "top"}
     assert wanted <= set(COMMANDS)
 
 
@@ -119,8 +84,21 @@ def test_the_version_is_told_where_it_is_installed(home: Home) -> None:
         (["exec", "--tty", "ls"], "--tty was asked for, and stdin is not a terminal"),
         (["logs", "-n", "-5"], "-5 is not in the range"),
         (["delete"], "this would remove the instance (its data disk stays)"),
+        (
+            ["up", "--privileged-offset", "80"],
+            "the privileged offset is 80; it can be 0 (none) or 1023 to 64512",
+        ),
+        (["forward", "add", "web"], "'web' is no forward: 'web' is not a port"),
+        (["forward", "add", "--static", "22"], "guest_port has 22 in it, which is the VM's own SSH server"),
+        (["forward", "add", "--static", "/a:/b"], "--ignore, --static and --guest-ip are for ports"),
+        (["forward", "add", "--guest-ip", "x", "80"], "guest_ip is 'x', which is not a numeric address"),
+        (["open", "0"], "0 is not in the range"),
         (["up", "--mount", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["up", "--mount", "/tmp:elsewhere"], "'elsewhere' is neither a place in the VM"),
+        (["forward", "add"], "Missing argument"),
+        (["forward", "add", "5432:/run/db"], "'5432' is not an absolute path of a socket"),
+        (["forward", "add", "--reverse", "x:/run/db"], "'x' is neither a socket's absolute path nor a port"),
+        (["tunnel", "--port", "0"], "0 is not in the range"),
         (["up", "--mount", "/tmp:/etc"], "/etc cannot be a mount: /etc is the VM's own"),
     ],
 )
@@ -154,10 +132,10 @@ def test_what_the_host_cannot_give_is_refused_before_anything_starts(
 
 
 def test_a_damaged_configuration_is_named(instance: InstancePaths) -> None:
-    instance.config.write_text('{"cpus": ')
+    instance.config.write_text("cpus:\n")
     for command in ("up", "status"):
         done = agentctl(command)
-        assert f"{instance.config} is damaged" in said(done)[0]
+        assert f"{instance.config} line 1: cpus is empty" in said(done)[0]
         assert done.returncode == ExitCode.USAGE
 
 
@@ -176,6 +154,9 @@ def test_a_smaller_disk_is_refused(instance: InstancePaths) -> None:
     [
         ["ports"],
         ["ports", "--json"],
+        ["ports", "--watch"],
+        ["open", "80"],
+        ["tunnel"],
         ["mounts"],
         ["mounts", "--json"],
         ["exec", "ls"],
@@ -194,9 +175,83 @@ def test_what_needs_a_running_instance_says_so(home: Home, words: list[str], sta
     assert done.stdout == ""
 
 
+def forwards() -> dict[str, Any]:
+    done = agentctl("forward", "list", "--json")
+    assert done.returncode == 0, done
+    listed: dict[str, Any] = json.loads(done.stdout)
+    return listed
+
+
+def test_forwards_are_for_the_next_start_where_nothing_runs(home: Home) -> None:
+    assert forwards() == {"rules": [], "lan": False, "privileged_offset": 0, "sockets": []}
+    assert not home.instance().directory.exists(), "asking makes nothing"
+    assert "8080:80" in agentctl("forward", "add", "8080:80", "/run/h:/run/g").stdout
+    assert agentctl("forward", "add", "--reverse", "5432:/run/db").returncode == 0
+    kept = config.load(home.instance(), Host.measure())
+    assert [(rule.host_port, rule.guest_port) for rule in kept.rules] == [(8080, 80)]
+    assert [forward.guest for forward in kept.sockets] == ["/run/g", "/run/db"]
+    (rule,) = forwards()["rules"]
+    assert (rule["guest_port"], rule["host_port"]) == (80, 8080)
+    assert {(row["state"], row["reason"]) for row in forwards()["sockets"]} == {
+        ("pending", "the VM does not run")
+    }
+    refused = agentctl("forward", "add", "/run/h:81")
+    assert (refused.returncode, "cannot both be at /run/h" in refused.stderr) == (2, True)
+    assert agentctl("forward", "rm", "8080:80", "/run/h:/run/g").returncode == 0
+    assert agentctl("forward", "rm", "--reverse", "localhost:5432:/run/db").returncode == 0
+    assert forwards()["rules"] == forwards()["sockets"] == []
+
+
+@pytest.mark.parametrize("words", [["8080:80"], ["/h:/g"]])
+def test_what_was_not_added_cannot_be_removed(home: Home, words: list[str]) -> None:
+    done = agentctl("forward", "rm", *words)
+    assert said(done)[1] == "hint: see: agentctl forward list"
+    assert done.returncode != 0
+
+
+def test_one_forward_that_cannot_be_leaves_the_others_out_as_well(home: Home) -> None:
+    assert agentctl("forward", "add", "/run/h:/run/g").returncode == 0
+    assert agentctl("forward", "add", "8080:80", "/run/h:/run/other").returncode == ExitCode.USAGE
+    assert forwards()["rules"] == []
+    assert len(forwards()["sockets"]) == 1
+
+
+def test_a_forward_waits_for_who_is_just_starting_the_instance(instance: InstancePaths) -> None:
+    with state.locked(instance.up_lock) as ours:
+        assert ours
+        adding = subprocess.Popen(
+            [sys.executable, "-m", "host_agent", "forward", "add", "8080:80"], cwd=REPOSITORY
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            adding.wait(1.5)
+        assert not instance.config.exists()
+    assert adding.wait(20) == 0
+    assert len(forwards()["rules"]) == 1
+
+
+def test_the_doctor_is_json_that_scripts_can_rely_on(home: Home) -> None:
+    done = agentctl("doctor", "--json")
+    told = json.loads(done.stdout)
+    assert list(told) == ["findings", "exit_code"]
+    assert all(list(row) == ["topic", "level", "message", "fix", "exit_code"] for row in told["findings"])
+    assert {row["level"] for row in told["findings"]} <= {"ok", "advice", "problem"}
+    assert done.returncode == told["exit_code"]
+    assert done.stderr == ""
+    assert not home.instance().directory.exists(), "asking makes nothing"
+
+
+def test_the_doctor_ends_with_what_up_would_end_with(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(home.root))
+    done = agentctl("doctor")
+    assert done.returncode == ExitCode.DEPENDENCY
+    assert "is missing" in done.stdout
+    assert "fix: install it: sudo apt-get install qemu-system-" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("not work")
+
+
 def test_logs_before_the_first_start(home: Home) -> None:
     done = agentctl("logs")
-    assert said(done)[0] == "error: there is no agent.log yet"
+    assert said(done)[0] == "error: there are no logs yet"
     assert done.returncode == ExitCode.NOT_RUNNING
 
 
@@ -212,9 +267,32 @@ def test_stopping_what_does_not_run_is_no_error(home: Home) -> None:
     assert not home.instance().state.exists()
 
 
+def test_the_status_of_an_instance_that_ends_while_it_is_asked(instance: InstancePaths) -> None:
+    """Its host agent hangs up, and a moment later its keeper is gone, too."""
+    lock = state.try_lock(instance.lock)
+    assert lock is not None
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(instance.agent_socket))
+        listener.listen()
+        listener.settimeout(10)
+
+        def end() -> None:
+            with suppress(TimeoutError):
+                for _ in range(2):
+                    listener.accept()[0].close()
+            os.close(lock)
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        done = agentctl("status", "--json")
+        ending.join()
+    assert (done.returncode, done.stderr) == (ExitCode.NOT_RUNNING, "")
+    assert json.loads(done.stdout)["stage"] == "stopped"
+
+
 def test_the_status_of_a_stopped_instance_is_json_that_scripts_can_rely_on(instance: InstancePaths) -> None:
-    chosen = config.load(instance.config, Host.measure())
-    config.save(instance.config, chosen)
+    chosen = config.load(instance, Host.measure())
+    config.save(instance, chosen)
     done = agentctl("status", "--json")
     assert done.returncode == ExitCode.NOT_RUNNING
     assert done.stderr == ""
@@ -250,6 +328,12 @@ def test_the_status_of_a_stopped_instance_is_json_that_scripts_can_rely_on(insta
         "file_server_restarts": 0,
         "bulk_memory": 0,
         "bulk_reason": "",
+        "disk_state": "",
+        "disk_allocated": 0,
+        "host_free": 0,
+        "warnings": [],
+        "runtime": "docker",
+        "containerd_socket": "",
     }
     assert agentctl("status", "--json").stdout == done.stdout
 
@@ -277,6 +361,18 @@ def test_env_is_for_a_shell(home: Home) -> None:
     assert done.returncode == 0
     assert f"export DOCKER_HOST=unix://{home.instance().docker_socket}\n" in done.stdout
     assert json.loads(agentctl("env", "--json").stdout)["DOCKER_HOST"].endswith("/docker.sock")
+
+
+def test_env_of_containerd_is_for_its_clients(home: Home) -> None:
+    paths = home.instance()
+    paths.ensure()
+    paths.config.write_text("runtime: containerd\n")
+    assert json.loads(agentctl("env", "--json").stdout) == {
+        "CONTAINERD_ADDRESS": str(paths.containerd_socket)
+    }
+    status = json.loads(agentctl("status", "--json").stdout)
+    told = [status[key] for key in ("runtime", "docker_socket", "docker_context", "containerd_socket")]
+    assert told == ["containerd", "", "", str(paths.containerd_socket)]
 
 
 # --- delete ----------------------------------------------------------------------------------------
@@ -359,13 +455,21 @@ def test_a_home_with_a_name_too_long_is_a_sentence(home: Home, monkeypatch: pyte
     assert done.returncode == ExitCode.USAGE
 
 
+def test_a_name_that_leads_elsewhere_is_refused(home: Home) -> None:
+    for name in ("../../etc", "", "a/b", "-x", "Dev", "a" * 33):
+        done = agentctl("--instance", name, "status")
+        assert done.returncode == ExitCode.USAGE, name
+        assert f"{name!r} is not a name" in done.stderr
+    assert agentctl("--instance", "dev-2", "status", "--json").returncode == ExitCode.NOT_RUNNING
+
+
 def test_a_bug_is_a_sentence_too_and_a_traceback_on_request(
     home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> None:
         raise ZeroDivisionError("by [zero]")
 
-    monkeypatch.setattr(module, "_instance", broken)
+    monkeypatch.setattr(module, "check_name", lambda name: broken())
     monkeypatch.setattr(sys, "argv", ["agentctl", "status"])
     with pytest.raises(SystemExit) as caught:
         module.main()

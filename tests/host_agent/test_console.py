@@ -16,10 +16,12 @@ from host_agent.console import (
     BootStage,
     ConsoleEvent,
     ConsoleWatcher,
+    Farewell,
     Panicked,
     StageLimit,
     StageReached,
     Stalled,
+    find_farewell,
     find_panic,
     limits_for,
 )
@@ -214,3 +216,18 @@ def test_a_line_without_end_is_cut() -> None:
 def test_find_panic_in_a_log() -> None:
     assert find_panic(BOOT + PANIC) == "Kernel panic - not syncing: Fatal exception in interrupt"
     assert find_panic(BOOT) == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "farewell"),
+    [
+        (b"[   12.345678] reboot: Restarting system\r\n", Farewell.REBOOT),
+        (b"[   12.3][  T812] reboot: Restarting system with command 'now'\r\n", Farewell.REBOOT),
+        (b"[   12.345678] reboot: Power down\r\n", Farewell.POWER_OFF),
+        (b"[ 1.0] reboot: Power down\r\n[ 2.0] reboot: Restarting system\r\n", Farewell.REBOOT),
+        (b"systemd-shutdown[1]: Rebooting.\r\n", None),
+        (b"", None),
+    ],
+)
+def test_a_kernel_says_why_it_goes(said: bytes, farewell: Farewell | None) -> None:
+    assert find_farewell(BOOT + said) is farewell

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from host_agent import descriptor_log, keeper
 from host_agent.descriptor_log import DescriptorLog
 from host_agent.descriptor_store import DescriptorStore
+from host_agent.fileserver import keepsakes
 from host_agent.fileserver.keepsakes import Kept, Name, send
 
 REPOSITORY = Path(__file__).parents[2]
@@ -96,7 +98,9 @@ def pipes() -> Iterator[Pipes]:
 
 
 #: What a file server says: names given up, and kept.
-STORY: Sequence[tuple[Sequence[int], Sequence[int]]] = (
+Story = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+STORY: Story = (
     ((), (1,)),
     ((), (2, 3)),
     ((1,), (4,)),
@@ -104,7 +108,27 @@ STORY: Sequence[tuple[Sequence[int], Sequence[int]]] = (
     ((4, 2), (6, 7)),
     ((7,), ()),
 )
-LEFT = {3, 5, 6}
+
+
+def left_of(story: Story) -> set[int]:
+    """What is held at its end."""
+    held: set[int] = set()
+    for gone, kept in story:
+        held = held - {*gone} | {*kept}
+    return held
+
+
+def story_of(seed: int) -> Story:
+    """The one above, or a longer one."""
+    if not seed:
+        return STORY
+    chance, held, said = random.Random(seed), set[int](), []
+    for first in range(1, 60, 3):
+        gone = chance.sample(sorted(held), min(len(held), chance.choice([0, 0, 1, 3])))
+        kept = list(range(first, first + chance.choice([0, 1, 2, 3])))
+        held = held - {*gone} | {*kept}
+        said.append((gone, kept))
+    return said
 
 
 class Killed(BaseException):
@@ -141,10 +165,16 @@ def tell(theirs: socket.socket, pipes: Pipes, gone: Sequence[int], kept: Sequenc
         next(one, None)
 
 
-def live(queues: list[int], pipes: Pipes, calls: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A host agent that hears of the story and is killed after so many calls; what it did not hear is said after
+def live(
+    queues: list[int],
+    pipes: Pipes,
+    whole: Story,
+    calls: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> bool:
+    """A host agent that hears of a story and is killed after so many calls; what it did not hear is said after
     its death. True if it lived."""
-    story, before = iter(STORY), {*os.listdir("/proc/self/fd")}
+    story, before = iter(whole), {*os.listdir("/proc/self/fd")}
     with socket.socket(fileno=os.dup(queues[1])) as theirs, monkeypatch.context() as patched:
         patched.setattr(socket, "socket", Mortal)
         Mortal.calls = 1 << 30
@@ -166,26 +196,84 @@ def live(queues: list[int], pipes: Pipes, calls: int, monkeypatch: pytest.Monkey
     return lived
 
 
-def test_nothing_is_lost_and_nothing_comes_back_whenever_it_is_killed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def make_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queues take six messages, and no more."""
+    monkeypatch.setattr(keepsakes, "SEND_BUFFER", 1)
+
+
+@pytest.fixture(params=["wide", "narrow"])
+def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the log, which is told anew all the time."""
     monkeypatch.setattr(descriptor_log, "MOST_MESSAGES", 2)
+    if request.param == "narrow":
+        make_narrow(monkeypatch)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_lost_and_nothing_comes_back_whenever_it_is_killed(
+    width: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = story_of(seed)
+    left = left_of(story)
     calls, lived = 0, False
     while not lived:
         queues, pipes = keeper.make_store(), Pipes()
-        lived = live(queues, pipes, calls, monkeypatch)
+        lived = live(queues, pipes, story, calls, monkeypatch)
         store = DescriptorStore(100, queues)
         with store.opened():
-            assert {held.number for held in store._held} == pipes.open() == LEFT, calls
+            assert {held.number for held in store._held} == pipes.open() == left, calls
         store.close()
-        assert told(queues) == {name(number) for number in LEFT}, calls
-        assert pipes.open() == LEFT, "what is held is not closed by whoever ends"
+        assert told(queues) == {name(number) for number in left}, calls
+        assert pipes.open() == left, "what is held is not closed by whoever ends"
         for descriptor in queues:
             os.close(descriptor)
         assert pipes.open() == set()
         pipes.close()
         calls += 1
-    assert calls > 5 * len(STORY)
+    assert calls > 5 * len(story)
+
+
+@contextmanager
+def so_many_taken(most: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel takes ``most`` messages with descriptors for the log, and then none."""
+    taken = 0
+
+    def send_or_refuse(channel: socket.socket, gone: Sequence[Name], kept: Sequence[Kept]) -> None:
+        nonlocal taken
+        if kept and taken >= most:
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+        send(channel, gone, kept)
+        taken += bool(kept)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(descriptor_log, "send", send_or_refuse)
+        yield
+
+
+@pytest.mark.parametrize("most", [*range(12), 1 << 30])
+def test_what_was_given_up_does_not_come_back_if_there_is_no_room(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it is killed: no descriptors are taken from some moment on, or the queue is full."""
+    story, calls, lived = story_of(2), 0, False
+    left = left_of(story)
+    if most > 100:
+        monkeypatch.setattr(descriptor_log, "MOST_MESSAGES", 1 << 20)
+        make_narrow(monkeypatch)
+    while not lived:
+        queues, pipes = keeper.make_store(), Pipes()
+        with so_many_taken(most, monkeypatch):
+            lived = live(queues, pipes, story, calls, monkeypatch)
+        store = DescriptorStore(100, queues)
+        with store.opened():
+            assert {held.number for held in store._held} <= left, (most, calls)
+        store.close()
+        for descriptor in queues:
+            os.close(descriptor)
+        assert pipes.open() == set()
+        pipes.close()
+        calls += 1
 
 
 def test_what_is_given_up_is_closed_at_once(queues: list[int], pipes: Pipes) -> None:
@@ -240,14 +328,18 @@ def test_a_long_story_is_told_anew(
     queues: list[int], log: DescriptorLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(descriptor_log, "MOST_DESCRIPTORS", 600)
-    held = {name(number): queues[0] for number in range(1, 201)}
-    for kept in held.items():
-        log.append((), [kept])
-    assert len(list(messages(queues))) == 200
-    held.update({name(number): queues[0] for number in range(201, 521)})
-    log.tidy(held.items())
-    assert list(messages(queues)) == [250, 250, 20]
+    held: dict[Name, int] = {}
+    for number in range(1, descriptor_log.MOST_MESSAGES + 1):
+        held[name(number)] = queues[0]
+        log.append((), [(name(number), queues[0])], held)
+        log.tidy(held)
+    assert list(messages(queues)) == [1] * 128
+    held.update({name(number): queues[0] for number in range(129, 521)})
+    log.append((), [(name(520), queues[0])], held)
+    assert list(messages(queues)) == [128, 250, 142]
     assert told(queues) == held.keys()
+    log.tidy(held)
+    assert list(messages(queues)) == [128, 250, 142]
 
 
 def messages(queues: list[int]) -> Iterator[int]:
@@ -263,8 +355,8 @@ def messages(queues: list[int]) -> Iterator[int]:
 def test_a_short_story_is_left_as_it_is(queues: list[int], log: DescriptorLog) -> None:
     held = {name(number): queues[0] for number in range(1, 4)}
     for kept in held.items():
-        log.append((), [kept])
-    log.tidy(held.items())
+        log.append((), [kept], held)
+    log.tidy(held)
     assert list(messages(queues)) == [1, 1, 1]
 
 
@@ -278,10 +370,11 @@ def test_a_queue_that_is_full_is_told_anew(
     for message in log.read():
         for _, descriptor in message.kept:
             os.close(descriptor)
-    log.append((), [(name(2), queues[0])])
-    log.tidy({name(1): queues[0], name(2): queues[0]}.items())
-    assert list(messages(queues)) == [2]
-    assert told(queues) == {name(1), name(2)}
+    held = {name(1): queues[0], name(2): queues[0]}
+    log.append((), [(name(2), queues[0])], held)
+    assert list(messages(queues)) == [1, 1], "all but the last message said nothing any more"
+    log.tidy(held)
+    assert told(queues) == held.keys()
 
 
 def test_only_so_many_descriptors_are_in_the_queue(
@@ -290,16 +383,16 @@ def test_only_so_many_descriptors_are_in_the_queue(
     """Its user's other programs could not send any, else."""
     monkeypatch.setattr(descriptor_log, "MOST_DESCRIPTORS", 3)
     held = {name(number): queues[0] for number in range(1, 6)}
-    log.append((), list(held.items()))
-    log.tidy(held.items())
+    log.append((), list(held.items()), held)
+    log.tidy(held)
     assert told(queues) == {name(1), name(2), name(3)}
     del held[name(4)]  # which it has not told of
-    log.append([name(4)], ())
-    log.tidy(held.items())
+    log.append([name(4)], (), held)
+    log.tidy(held)
     assert list(messages(queues)) == [3]
     del held[name(2)]
-    log.append([name(2)], ())
-    log.tidy(held.items())
+    log.append([name(2)], (), held)
+    log.tidy(held)
     assert told(queues) == {name(1), name(3), name(5)}
     assert len(caplog.records) == 1
 
@@ -307,23 +400,30 @@ def test_only_so_many_descriptors_are_in_the_queue(
 def test_what_is_kept_again_is_told_again(queues: list[int], log: DescriptorLog, pipes: Pipes) -> None:
     """By the same name, another descriptor; the one before is closed."""
     opened = pipes.kept(1)
-    log.append((), [next(opened)])
+    first = next(opened)
+    log.append((), [first], dict([first]))
     next(opened, None)
     assert pipes.open() == {1}
-    log.append((), [(name(1), queues[0])])
-    log.tidy([(name(1), queues[0])])
+    held = {name(1): queues[0]}
+    log.append((), [(name(1), queues[0])], held)
+    log.tidy(held)
     assert list(messages(queues)) == [1]
     assert pipes.open() == set()
 
 
-def test_what_cannot_be_kept_there_is_said_once_and_does_not_come_back(
+def test_what_cannot_be_kept_there_is_said_once_and_costs_nothing_that_is(
     queues: list[int],
     log: DescriptorLog,
+    pipes: Pipes,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An ordinary user may have as many descriptors in queues as a process may have open."""
-    log.append((), [(name(1), queues[0]), (name(2), queues[0])])
+    opened = [pipes.kept(number) for number in (1, 2)]
+    held = dict([next(one) for one in opened])
+    log.append((), list(held.items()), held)
+    held[name(3)] = queues[0]
+    del held[name(1)]
 
     def refuse(channel: socket.socket, gone: Sequence[Name], kept: Sequence[Kept]) -> None:
         if kept:
@@ -333,14 +433,17 @@ def test_what_cannot_be_kept_there_is_said_once_and_does_not_come_back(
     with monkeypatch.context() as patched:
         patched.setattr(descriptor_log, "send", refuse)
         for _ in range(2):
-            log.append([name(1)], [(name(3), queues[0])])
-            log.tidy({name(2): queues[0], name(3): queues[0]}.items())
-    assert told(queues) == set()
+            log.append([name(1)], [(name(3), queues[0])], held)
+            log.tidy(held)
+    assert told(queues) == {name(2)}
     assert [record.getMessage() for record in caplog.records] == [
         "not all descriptors that are held would outlive the host agent"
     ]
-    log.append((), [(name(2), queues[0]), (name(3), queues[0])])
-    assert told(queues) == {name(2), name(3)}
+    log.tidy(held)
+    assert told(queues) == held.keys()
+    for one in opened:
+        next(one, None)
+    assert pipes.open() == {2}, "what was given up is closed as soon as that can be"
 
 
 def test_what_another_version_has_written_is_left_behind(queues: list[int], log: DescriptorLog) -> None:
@@ -350,8 +453,11 @@ def test_what_another_version_has_written_is_left_behind(queues: list[int], log:
     assert len(store) == 0
     with store.opened() as (ours, theirs):
         theirs.send(b"\xc1")
-        assert not store.take_in(ours)
         send(theirs, (), [(name(1), queues[0])])
         assert store.take_in(ours)
-    assert told(queues) == {name(1)}
+        assert told(queues) == {name(1)}
+        send(theirs, (), [(name(2), queues[0])])
+        theirs.send(b"\xc1")
+        assert store.take_in(ours)
+    assert told(queues) == {name(1), name(2)}
     store.close()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import array
+import errno
 import os
 import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 import trio
 
 from host_agent import descriptor_store
 from host_agent.descriptor_store import DescriptorStore
-from host_agent.fileserver.keepsakes import MAX_AT_ONCE, Name, prepare, receive, send
+from host_agent.fileserver.keepsakes import MAX_AT_ONCE, Message, Name, prepare, receive, send
 
 
 def names(count: int, first: int = 2) -> list[Name]:
@@ -105,11 +108,47 @@ def test_no_more_than_the_limit(file: int) -> None:
     store.close()
 
 
-def test_one_that_does_not_make_sense_is_not_followed(file: int, store: DescriptorStore) -> None:
+UNREADABLE = [
+    b"\xc1", b"x" * 70_000, b"", msgpack.packb(1), msgpack.packb([[], [], []]), msgpack.packb([[[1, 2]], []]),
+    msgpack.packb([[], [[0, 1, 2, 3, 4]]]), msgpack.packb([[], [["a", 1, 2]]]),
+    msgpack.packb([[[float("inf"), 1, 2]], []]), msgpack.packb([[], [None]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", UNREADABLE, ids=lambda data: repr(data[:12]))
+def test_one_message_that_does_not_make_sense_is_passed_over(
+    data: bytes, file: int, store: DescriptorStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With whatever descriptors it brings; what was said before and after it counts."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file, file]))]
+    first, second, third = names(3)
     with store.opened() as (ours, theirs):
-        theirs.send(b"\xc1")
-        assert not store.take_in(ours)
-    assert len(store) == 0
+        before = open_count()
+        send(theirs, (), [(first, file)])
+        for _ in range(2):
+            theirs.sendmsg([data or msgpack.packb([[], [list(first)]])], rights)
+        send(theirs, (), [(second, file)])
+        assert store.take_in(ours)
+        send(theirs, [first], [(third, file)])
+        assert store.take_in(ours)
+        assert open_count() == before + 2
+    assert [*store._held] == [second, third]
+    assert (store.unreadable, len(caplog.records)) == (2, 1)
+
+
+def test_a_channel_that_fails_is_not_followed_and_keeps_what_it_has(
+    file: int, store: DescriptorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Message | None:
+        raise OSError(errno.ENOBUFS, "no buffers")
+
+    with store.opened() as (ours, theirs):
+        send(theirs, (), [(name, file) for name in names(1)])
+        with monkeypatch.context() as patched:
+            patched.setattr(descriptor_store, "receive", fail)
+            assert not store.take_in(ours)
+        assert len(store) == 0
+    assert len(store) == 1
 
 
 def test_the_processs_limit_is_what_comes_without_a_descriptor(file: int, store: DescriptorStore) -> None:

@@ -29,6 +29,17 @@ def test_who_comes_late_is_told_what_was_and_then_what_comes() -> None:
     assert [event.kind for event in heard] == ["b"]
 
 
+def test_who_comes_after_another_start_is_told_only_of_that() -> None:
+    log = EventLog()
+    heard: list[str] = []
+    log.subscribe(lambda event: heard.append(event.kind))
+    log.say("a", "first")
+    log.begin()
+    log.say("b", "second")
+    assert [event.kind for event in log.subscribe(lambda event: None)] == ["b"]
+    assert heard == ["a", "b"]
+
+
 def test_nobody_is_called_after_unsubscribing_not_even_within_a_call() -> None:
     log = EventLog()
     heard: list[str] = []

@@ -346,6 +346,7 @@ async def test_one_that_does_not_stay_up_is_shown_as_that(
         await until(lambda: it.service.restarts > tries + 1)
         # Said as often as it is news.
         assert len(it.diary.of("file-server")) == file_service.MANY_FAILURES
+        assert it.diary.of("mount") == [f"the mount /home/me: {mount.reason}"]
 
 
 async def test_one_that_cannot_be_started_is_tried_again(instance: InstancePaths) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -71,26 +71,6 @@ def test_a_record_is_read_with_its_defaults() -> None:
     assert parse_record(Record, b'{"name": "a", "ratio": 2, "previous": "b"}') == Record(
         "a", 0, 2, False, "b"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Shelf:
-    records: tuple[Record, ...] = field(default_factory=lambda: (Record("usual"),))
-
-
-def test_a_record_may_hold_records() -> None:
-    assert parse_record(Shelf, b"{}") == Shelf((Record("usual"),))
-    assert parse_record(Shelf, b'{"records": []}') == Shelf(())
-    content = b'{"records": [{"name": "a", "count": 2}, {"name": "b"}]}'
-    assert parse_record(Shelf, content) == Shelf((Record("a", 2), Record("b")))
-
-
-@pytest.mark.parametrize(
-    "records", ["null", "{}", '"a"', "[1]", "[null]", '[{"name": 5}]', '[{"name": "a", "x": 1}]']
-)
-def test_what_is_not_a_list_of_records_is_named(records: str) -> None:
-    with pytest.raises(ValueError, match="^records"):
-        parse_record(Shelf, f'{{"records": {records}}}'.encode())
 
 
 @pytest.mark.parametrize(

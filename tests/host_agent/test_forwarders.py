@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,22 +17,33 @@ import pytest
 import trio
 import trio.testing
 
-from host_agent import forwarders
+from host_agent import binding, forwarders
 from host_agent.errors import UserError
 from host_agent.forwarders import (
-    MAX_UNIX_PATH,
+    Connections,
     Forwarder,
     ForwardRunner,
     UnixForwarder,
+    Waiting,
     listen_localhost,
-    listen_unix,
 )
+from host_agent.rules import (
+    LOCALHOST,
+    MAX_UNIX_PATH,
+    Decision,
+    Forwarding,
+    HostAddress,
+    HostSocket,
+    Static,
+)
+from host_agent.unix_listening import listen_unix
 from protocol.api import DialTcp, DialUnix, Event, ForwardState, Listener, Listeners, Proto, Target
 from protocol.errors import ErrorCode, LinkClosed, OpenRefused
-from protocol.lane import Lane
-from protocol.link import Hello, Incoming, Link, MuxStream, OnOpened, Role, Service
+from protocol.lane import READABLE, Lane
+from protocol.link import Hello, Incoming, Link, MuxStream, OnOpened, Role, SendEarly, Service
 from protocol.serial import SocketPort
 from protocol.splice import abort
+from tests.free_ports import free_port
 
 Server = Callable[[trio.abc.HalfCloseableStream], object]
 
@@ -54,15 +66,7 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
 
 @pytest.fixture
 def port() -> int:
-    """A port that was free a moment ago on both families, and on the wildcards."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            candidate: int = probe.getsockname()[1]
-        try:
-            with socket.create_server(("::" if has_ipv6() else "0.0.0.0", candidate), **FAMILY):
-                return candidate
-        except OSError:
-            continue
+    return free_port()
 
 
 @contextmanager
@@ -208,14 +212,14 @@ async def test_a_privileged_port_is_refused_to_an_ordinary_user() -> None:
 
 
 async def test_a_host_without_ipv6_is_served_on_ipv4(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = forwarders._bound
+    real = binding.bind
 
-    def bound(family: socket.AddressFamily, address: str, port: int) -> socket.socket:
-        if family is socket.AF_INET6:
+    def bind(address: str, port: int, kind: socket.SocketKind) -> socket.socket:
+        if ":" in address:
             raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-        return real(family, address, port)
+        return real(address, port, kind)
 
-    monkeypatch.setattr(forwarders, "_bound", bound)
+    monkeypatch.setattr(binding, "bind", bind)
     (listener,) = listen_localhost(port)
     assert listener.socket.getsockname() == ("127.0.0.1", port)
     listener.socket.close()
@@ -500,9 +504,59 @@ async def test_the_path_of_a_successor_is_not_unlinked(tmp_path: Path) -> None:
     successor.socket.close()
 
 
+async def test_a_name_that_was_taken_away_comes_back_and_connections_live_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarders, "LOOK", 0.01)
+    path = tmp_path / "docker.sock"
+    async with unix_forwarding(path):
+        async with await trio.open_unix_socket(path) as client:
+            path.unlink()
+            with trio.fail_after(20):
+                while not path.exists():
+                    await trio.sleep(0.005)
+            async with await trio.open_unix_socket(path) as another:
+                assert await exchange(another, b"hello") == b"hello"
+            assert await exchange(client, b"hello") == b"hello"
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_forwarder_that_was_closed_leaves_a_later_socket_of_that_name_alone(tmp_path: Path) -> None:
+    """Also one that has got the same inode number, which is free once nobody listens."""
+    path = tmp_path / "s"
+    async with trio.open_nursery() as nursery:
+        forwarder = Forwarder([listen_unix(path)], lambda: (), Guest(nursery).dial, path=path)
+        forwarder.close()
+        successor = listen_unix(path)
+        forwarder.close()
+        assert path.is_socket()
+        successor.socket.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the name is shortened through /proc")
+async def test_a_short_name_at_the_end_of_a_long_path(tmp_path: Path) -> None:
+    """The name that the socket has at first, .PID, is longer."""
+    room = MAX_UNIX_PATH - len(os.fsencode(tmp_path)) - len("//s")
+    folder = tmp_path / ("d" * room)
+    folder.mkdir()
+    async with unix_forwarding(folder / "s"):
+        async with await trio.open_unix_socket(folder / "s") as client:
+            assert await exchange(client, b"hello") == b"hello"
+    assert os.listdir(folder) == []
+
+
 async def test_a_directory_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         listen_unix(tmp_path / "missing" / "docker.sock")
+
+
+@needs_ipv6
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_an_address_on_an_interface_that_is_not_there(kind: socket.SocketKind) -> None:
+    """Python asks getaddrinfo(3), whose errors have numbers of their own."""
+    with pytest.raises(OSError) as caught:
+        binding.bind_all("fe80::1%none0", 8080, kind)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
 # --- the runner ------------------------------------------------------------------------------------
@@ -520,6 +574,10 @@ async def running(server: object = echo) -> AsyncIterator[tuple[ForwardRunner, l
             await nursery.start(runner.run)
             yield runner, events, guest
             nursery.cancel_scope.cancel()
+
+
+def local(port: int) -> HostAddress:
+    return HostAddress(Proto.TCP, "localhost", port)
 
 
 def on(port: int) -> Listener:
@@ -582,7 +640,7 @@ async def test_a_lost_link_keeps_the_port_and_its_clients_until_the_next_session
             return await guest.dial(target)
 
         runner._dial = wait_for_the_link
-        runner._forwarders[port]._dial = wait_for_the_link
+        runner._forwarders[local(port)]._dial = wait_for_the_link
         async with await trio.open_tcp_stream("127.0.0.1", port) as client:
             await client.send_all(b"hello")
             await trio.testing.wait_all_tasks_blocked(0.01)
@@ -635,6 +693,151 @@ async def test_two_hundred_ports_open_and_close_at_once() -> None:
         assert [event.kind for event in events].count("port-closed") == 200
 
 
+async def test_a_conflict_says_who_has_the_port(port: int) -> None:
+    async with running() as (runner, events, _):
+        with other_program("127.0.0.1", port):
+            await runner.on_listeners(Listeners(True, [on(port)]))
+        assert "in use on the host by another forward of this VM" in events[0].fields["reason"]
+
+
+async def test_a_port_for_the_lan_is_on_every_address_of_both_families(port: int) -> None:
+    everywhere = HostAddress(Proto.TCP, "0.0.0.0", port)
+    async with running() as (runner, events, _):
+        runner.change_rules(lambda listener: Forwarding(everywhere), [])
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        for host in HOSTS:
+            async with await trio.open_tcp_stream(host, port) as client:
+                assert await exchange(client, b"hello") == b"hello"
+        names = {listener.socket.getsockname()[0] for listener in runner._forwarders[everywhere]._listeners}
+        assert names == {"0.0.0.0", "::"} if len(HOSTS) == 2 else {"0.0.0.0"}
+        assert events[0].fields == {"port": str(port), "address": "0.0.0.0", "proto": "tcp"}
+
+
+async def test_one_address_of_the_host_is_only_that_one(port: int) -> None:
+    async with running() as (runner, _, _):
+        runner.change_rules(lambda listener: Forwarding(HostAddress(Proto.TCP, "127.0.0.2", port)), [])
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.2", port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pass
+
+
+async def test_a_port_of_the_guest_may_be_a_socket_of_the_host(tmp_path: Path) -> None:
+    path = tmp_path / "web.sock"
+    async with running() as (runner, events, guest):
+        runner.change_rules(lambda listener: Forwarding(HostSocket(str(path))), [])
+        await runner.on_listeners(Listeners(True, [on(80)]))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        async with await trio.open_unix_socket(str(path)) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        assert guest.dialled == [DialTcp("127.0.0.1", 80)]
+        assert events[0].fields == {"path": str(path)}
+        await runner.on_listeners(Listeners(False, [], [on(80)]))
+        assert not path.exists()
+
+
+async def test_a_socket_whose_name_is_taken_away_has_it_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    path = tmp_path / "web.sock"
+    async with running() as (runner, events, _):
+        runner.change_rules(lambda listener: Forwarding(HostSocket(str(path))), [])
+        await runner.on_listeners(Listeners(True, [on(80)]))
+        path.unlink()
+        await trio.sleep(forwarders.LOOK + 0.1)
+        assert path.is_socket()
+        assert [event.kind for event in events] == ["port-listening"], "that is no news"
+        path.unlink()
+        path.write_text("somebody else's")
+        await trio.sleep(forwarders.LOOK)
+        assert [row.state for row in runner.rows()] == [ForwardState.CONFLICT]
+        path.unlink()
+        await trio.sleep(forwarders.LOOK)
+        assert [event.kind for event in events] == ["port-listening", "port-conflict", "port-listening"]
+        assert path.is_socket()
+
+
+async def test_a_socket_that_is_out_of_reach_does_not_keep_its_forward_open(
+    port: int, tmp_path: Path
+) -> None:
+    """Its folder has become something else; the others of the same notice come and go as they should."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def decide(listener: Listener) -> Decision:
+        socket_end = HostSocket(str(folder / "web.sock"))
+        return Forwarding(
+            socket_end if listener.port == 80 else HostAddress(Proto.TCP, LOCALHOST, listener.port)
+        )
+
+    async with running() as (runner, events, _):
+        runner.change_rules(decide, [])
+        await runner.on_listeners(Listeners(True, [on(80), on(port)]))
+        (folder / "web.sock").unlink()
+        folder.rmdir()
+        folder.write_text("a file now")
+        await runner.on_listeners(Listeners(False, [], [on(80), on(port)]))
+        assert runner.rows() == []
+        assert [event.kind for event in events] == [*["port-listening"] * 2, *["port-closed"] * 2]
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            pass
+        await runner.on_listeners(Listeners(False, [on(port)]))
+        assert [row.state for row in runner.rows()] == [ForwardState.LISTENING]
+    assert folder.read_text() == "a file now"
+
+
+async def test_what_is_in_the_way_of_a_socket_is_said_and_left_alone(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    path = tmp_path / "web.sock"
+    path.write_text("precious")
+    async with running() as (runner, _, _):
+        runner.change_rules(lambda listener: Forwarding(HostSocket(str(path))), [])
+        await runner.on_listeners(Listeners(True, [on(80)]))
+        (row,) = runner.rows()
+        assert (row.state, row.host_address) == (ForwardState.CONFLICT, str(path))
+        assert row.reason.startswith(f"{path} exists and is not a socket")
+        assert path.read_text() == "precious"
+        path.unlink()
+        await trio.sleep(10)
+        assert path.is_socket()
+
+
+async def test_a_server_for_datagrams_has_its_port_and_loses_it(port: int) -> None:
+    listener = Listener(Proto.UDP, "0.0.0.0", port)
+    async with prompt(True) as (runner, _, _):
+        await runner.on_listeners(Listeners(True, [listener]))
+        assert [row.state for row in runner.rows()] == [ForwardState.LISTENING]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            with pytest.raises(OSError, match="in use"):
+                other.bind(("127.0.0.1", port))
+            await runner.on_listeners(Listeners(False, [], [listener]))
+            other.bind(("127.0.0.1", port))
+        assert runner.rows() == []
+
+
+async def test_a_static_port_is_open_as_soon_as_it_runs(port: int) -> None:
+    events: list[Event] = []
+    async with trio.open_nursery() as nursery:
+        guest = Guest(nursery)
+        guest.default = echo
+        runner = ForwardRunner(guest.dial, events.append)
+        runner.change_rules(
+            lambda listener: Forwarding(local(1)), [Static(local(1), Proto.TCP, "127.0.0.1", 1)]
+        )
+        runner.change_rules(
+            lambda listener: Forwarding(local(port)), [Static(local(port), Proto.TCP, "127.0.0.1", 80)]
+        )
+        assert runner.rows() == []
+        await nursery.start(runner.run)
+        assert [event.kind for event in events] == ["port-listening"]
+        async with await trio.open_tcp_stream("localhost", port) as client:
+            assert await exchange(client, b"hello") == b"hello"
+        assert guest.dialled == [DialTcp("127.0.0.1", 80)]
+        nursery.cancel_scope.cancel()
+
+
 # --- without a task --------------------------------------------------------------------------------
 
 
@@ -681,9 +884,9 @@ class LinkedGuest:
         self.link = None
         self._scope.cancel()
 
-    def dial_now(self, target: Target, on_answer: OnOpened) -> bool:
+    def dial_now(self, target: Target, on_answer: OnOpened) -> SendEarly | None:
         self.dialled.append(("now", target))
-        return self.link is not None and self.link.open_now(target, on_answer)
+        return None if self.link is None else self.link.open_now(target, on_answer)
 
     async def dial(self, target: Target) -> MuxStream:
         self.dialled.append(("task", target))
@@ -736,7 +939,7 @@ async def prompt(on_lane: bool) -> AsyncIterator[tuple[ForwardRunner, LinkedGues
             assert not lane._watched
             nursery.cancel_scope.cancel()
     lane.close()
-    assert set(os.listdir("/dev/fd")) == before
+    assert not set(os.listdir("/dev/fd")) - before
 
 
 ON_LANE = pytest.mark.parametrize(
@@ -758,7 +961,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 def places(runner: ForwardRunner, port: int) -> int:
     """Connections that the forwarder may have besides those it has. Each family may hold one for its next client."""
-    return runner._forwarders[port]._slots.value
+    return runner._forwarders[local(port)]._slots.value
 
 
 @ON_LANE
@@ -878,7 +1081,7 @@ async def test_a_runner_that_ends_while_streams_are_opened_resets_their_clients(
         await runner.on_listeners(Listeners(True, [on(port)]))
         clients = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(3)]
         await until(lambda: len(guest.offers) == 3)
-        slots = runner._forwarders[port]._slots
+        slots = runner._forwarders[local(port)]._slots
         running.cancel()
         for client in clients:
             await assert_reset(client)
@@ -925,6 +1128,78 @@ async def test_a_port_that_closes_while_a_stream_is_opened_keeps_its_client(port
             assert await stream.receive_some() == b"hello"
             await stream.aclose()
             await assert_reset(client)
+
+
+async def test_what_a_client_says_first_does_not_wait_for_the_answer(port: int) -> None:
+    async with prompt(True) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"hello")
+            await until(lambda: guest.offers)
+            await until(lambda: guest.offers[0].stream.peek() is not None)
+            await client.send_all(b", world")
+            stream = await guest.offers[0].accept()
+            heard = b""
+            while len(heard) < 12:
+                heard += await stream.receive_some()
+            assert heard == b"hello, world"
+            await client.send_eof()
+            assert await stream.receive_some() == b""
+            await stream.aclose()
+            await assert_reset(client)
+
+
+async def test_what_a_client_said_first_is_said_to_the_next_target(port: int) -> None:
+    async with prompt(True) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"hello")
+            await until(lambda: guest.offers and guest.offers[0].stream.peek() is not None)
+            guest.programs[port] = guest.echo
+            await guest.offers[0].refuse(ErrorCode.REFUSED, "connection refused")
+            assert await client.receive_some() == b"hello"
+            assert [how for how, _ in guest.dialled] == ["now", "task"]
+
+
+async def test_what_may_have_arrived_is_not_said_again(port: int) -> None:
+    """A session that ends before the answer: perhaps the guest's server has the request."""
+    async with prompt(True) as (runner, guest, _):
+        guest.programs[port] = guest.hold
+        await runner.on_listeners(Listeners(True, [on(port)]))
+        async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+            await client.send_all(b"POST /order")
+            await until(lambda: guest.offers and guest.offers[0].stream.peek() is not None)
+            guest.lose()
+            await guest.begin()
+            await assert_reset(client)
+            assert [how for how, _ in guest.dialled] == ["now"]
+
+
+def test_who_is_answered_after_the_end_leaves_the_lane_to_others() -> None:
+    lane, carried = Lane(), Connections()
+    one, other = socket.socketpair()
+    waiting = Waiting(one, lane)
+    assert carried.wait(waiting)
+    waiting.listen(lambda data: None)
+    number = one.fileno()
+    carried.close()
+    with other, socket.socket() as successor:
+        assert successor.fileno() == number
+        lane.watch(number, READABLE, lambda ready: None)
+        assert not carried.answered(waiting)
+        assert number in lane._watched
+        lane.close()
+
+
+def test_who_comes_after_the_end_is_reset() -> None:
+    one, other = socket.socketpair()
+    carried = Connections()
+    carried.close()
+    with other:
+        assert not carried.wait(Waiting(one, None))
+        assert one.fileno() == -1
 
 
 @ON_LANE
@@ -1013,3 +1288,25 @@ async def test_what_cannot_be_accepted_on_the_lane_is_left_to_the_task(
             async with await trio.open_tcp_stream("127.0.0.1", port) as client:
                 assert await exchange(client, b"again") == b"again"
             assert failures == count
+
+
+@ON_LANE
+async def test_all_ports_together_leave_streams_to_others(
+    port: int, on_lane: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarders, "MAX_TOGETHER", 2)
+    async with prompt(on_lane) as (runner, guest, _), AsyncExitStack() as stack:
+        ports = (port, free_port())
+        guest.programs |= dict.fromkeys(ports, guest.echo)
+        await runner.on_listeners(Listeners(True, [on(each) for each in ports]))
+        clients = []
+        for each in ports * 2:
+            client = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", each))
+            clients.append(client)
+            await client.send_all(b"hello")
+        await until(lambda: runner._carried.places.value == 0)
+        for client in clients:
+            assert await client.receive_some() == b"hello"
+            assert runner._carried.places.value == 0 or client in clients[2:]
+            await client.aclose()
+        await until(lambda: runner._carried.places.value == 2)

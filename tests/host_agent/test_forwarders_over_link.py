@@ -22,6 +22,7 @@ from protocol.messages import Hello
 from protocol.muxstream import Incoming, MuxStream
 from protocol.service import Service
 from protocol.session import Role
+from tests.free_ports import free_port
 
 Program = Callable[[MuxStream], Awaitable[None]]
 
@@ -111,9 +112,7 @@ async def machine() -> AsyncIterator[tuple[Host, Guest]]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        number: int = probe.getsockname()[1]
-        return number
+    return free_port()
 
 
 async def echo(stream: MuxStream) -> None:

@@ -12,6 +12,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+import protocol.link
 from host_agent import guest_link
 from host_agent.client import hello
 from host_agent.guest_link import GuestLink
@@ -20,6 +21,7 @@ from protocol.api import Configure, Configured, DialTcp, Listeners
 from protocol.errors import ErrorCode, LinkError, OpenRefused, RpcError
 from protocol.lane import Lane
 from protocol.link import Incoming, Link, MuxStream, Role, SerialChannel, Service
+from protocol.stream import EARLY
 
 CONFIGURE = Configure("agentctl", 1, "me", 1000)
 
@@ -275,6 +277,47 @@ async def test_a_stream_is_dialled_without_waiting(instance: InstancePaths) -> N
         await until(lambda: host.diary[-1] == "down")
         assert not host.link.dial_now(ECHO, answers.append)
         assert len(answers) == 2
+        await channel.aclose()
+
+
+async def test_what_is_said_first_goes_before_the_answer(instance: InstancePaths) -> None:
+    answers: list[MuxStream | OpenRefused | LinkError] = []
+    async with qemu(instance) as machine, hosting(instance) as host:
+        channel = await machine.accept()
+        async with guest_agent(channel, guest_service(host.diary)):
+            await host.link.wait()
+            send_early = host.link.dial_now(ECHO, answers.append)
+            assert send_early is not None
+            send_early(b"hello")
+            await until(lambda: answers)
+            assert isinstance(answers[0], MuxStream)
+            assert await answers[0].receive_some() == b"hello"
+            refused = host.link.dial_now(DialTcp("127.0.0.1", 8), answers.append)
+            assert refused is not None
+            refused(b"x" * EARLY)
+            await until(lambda: answers[1:])
+            assert isinstance(answers[1], OpenRefused)
+            refused(b"too late, and nobody's fault")
+            await answers[0].send_all(b"the link lives")
+            assert await answers[0].receive_some() == b"the link lives"
+        await channel.aclose()
+
+
+async def test_who_cannot_wait_is_told_that_nobody_answers(
+    instance: InstancePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol.link, "OPEN_TIMEOUT", 0.01)
+    answers: list[MuxStream | OpenRefused | LinkError] = []
+    async with qemu(instance) as machine, hosting(instance) as host:
+        channel = await machine.accept()
+        async with guest_agent(channel, guest_service([], hold=True)):
+            await host.link.wait()
+            for _ in range(3):
+                assert host.link.dial_now(ECHO, answers.append)
+            await until(lambda: len(answers) == 3)
+            for answer in answers:
+                assert isinstance(answer, LinkError)
+                assert answer.code is ErrorCode.TIMEOUT
         await channel.aclose()
 
 

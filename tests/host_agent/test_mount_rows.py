@@ -47,9 +47,11 @@ def test_every_state_is_explained(
 
 
 def test_who_knows_better_is_believed_and_cut() -> None:
-    known = ShareState(1, ShareStage.DENIED, GuestStage.MOUNTED, "r" * 9999, "h" * 9999, 1, 2, 3, 4, -5)
+    known = ShareState(
+        1, ShareStage.DENIED, GuestStage.MOUNTED, "r" * 9999, "h" * 9999, 1, 2, 3, 4, -5, True, 6
+    )
     assert row(HOME, known) == Mount(
-        HOME, MountState.DENIED, "r" * MAX_WORDS, "h" * MAX_WORDS, 1, 2, 3, 4, -5
+        HOME, MountState.DENIED, "r" * MAX_WORDS, "h" * MAX_WORDS, 1, 2, 3, 4, -5, True, 6
     )
     late = ShareState(1, ShareStage.SERVING, GuestStage.MOUNTED, "The clock is off.", "Beware.")
     assert row(HOME, late) == Mount(HOME, MountState.MOUNTED, "The clock is off", "Beware")

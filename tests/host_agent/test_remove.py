@@ -15,6 +15,7 @@ from host_agent.remove import remove
 def stopped(instance: InstancePaths) -> InstancePaths:
     for path in (instance.lock, instance.config, instance.state, instance.agent_log, instance.data_disk):
         path.write_bytes(path.name.encode())
+    instance.config_draft.touch()
     return instance
 
 
@@ -22,6 +23,7 @@ def test_the_data_disk_stays_unless_it_is_named(stopped: InstancePaths) -> None:
     remove(stopped, data=False)
     assert list(stopped.directory.iterdir()) == [stopped.data_disk]
     assert stopped.data_disk.read_bytes() == b"data.img"
+    assert not stopped.config_draft.exists()
 
 
 def test_with_data_nothing_stays(stopped: InstancePaths) -> None:

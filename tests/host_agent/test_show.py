@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from host_agent import show
+from host_agent.doctor.finding import Diagnosis, Finding, advice, ok, problem
 from host_agent.errors import UserError
 from host_agent.progress import progress
 from protocol.api import (
+    Event,
     Forward,
     ForwardState,
     GuestInfo,
@@ -19,7 +21,12 @@ from protocol.api import (
     Mounts,
     MountSpec,
     MountState,
+    PortRule,
+    PortSettings,
     Proto,
+    SocketForward,
+    SocketRow,
+    SocketRows,
     Stage,
 )
 
@@ -58,6 +65,17 @@ def assert_harmless(text: str) -> None:
     assert all(character.isprintable() or character == "\n" for character in text), repr(text)
 
 
+def test_what_runs_the_containers_is_where_it_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    show.status(RUNNING)
+    assert "unix:///" in (docker := capsys.readouterr().out)
+    assert "context" in docker
+    show.status(replace(RUNNING, docker_socket="", docker_context="", containerd_socket="/c.sock"))
+    containerd = capsys.readouterr().out
+    assert "containerd" in containerd
+    assert "unix:///c.sock" in containerd
+    assert "context" not in containerd
+
+
 def test_words_are_what_they_look_like() -> None:
     plain = show.words(HOSTILE).plain
     assert_harmless(plain)
@@ -78,6 +96,7 @@ def test_words_of_the_guest_are_printed_harmlessly(
     show.warning(HOSTILE)
     show.note(HOSTILE)
     show.mounts(Mounts([Mount(MountSpec(HOSTILE, HOSTILE), MountState.FAILED, HOSTILE, HOSTILE, lost=1)]))
+    show.diagnosis(Diagnosis.of([problem("folders", HOSTILE, HOSTILE)]))
     with progress() as report:
         report(HOSTILE)
     captured = capsys.readouterr()
@@ -103,6 +122,35 @@ def test_on_a_terminal_only_our_own_sequences_are_there(monkeypatch: pytest.Monk
     assert "\x1b[2J" not in terminal.getvalue()
     assert "\x1b]0" not in terminal.getvalue()
     assert "\x1b[32m" in terminal.getvalue(), "our own colours are wanted"
+
+
+@pytest.mark.parametrize(
+    ("findings", "lines"),
+    [
+        ([ok("qemu", "7.2")], ["qemu  ok       7.2", "everything is well"]),
+        (
+            [ok("qemu", "7.2"), advice("watching", "few", "do it")],
+            [
+                "qemu      ok       7.2",
+                "watching  advice   few",
+                "                   fix: do it",
+                "everything works; 1 thing could be better",
+            ],
+        ),
+        (
+            [problem("qemu", "no", "get it"), problem("disk", "full")],
+            [
+                "qemu  problem  no",
+                "               fix: get it",
+                "disk  problem  full",
+                "2 things do not work",
+            ],
+        ),
+    ],
+)
+def test_a_diagnosis(findings: list[Finding], lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    show.diagnosis(Diagnosis.of(findings))
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +201,81 @@ def test_what_is_wrong_with_a_running_instance_is_said(capsys: pytest.CaptureFix
     show.status(replace(RUNNING, detail="the host's disk is full, and the VM waits", hint="make room"))
     text = capsys.readouterr().out
     assert "running  the host's disk is full, and the VM waits\n  hint: make room" in text
+
+
+def test_forwarded_sockets(capsys: pytest.CaptureFixture[str]) -> None:
+    show.rules(PortSettings(), SocketRows([]))
+    assert "agentctl forward add" in capsys.readouterr().out
+    table = SocketRows(
+        [
+            SocketRow(SocketForward("/run/g", "/tmp/h"), ForwardState.LISTENING),
+            SocketRow(SocketForward("/run/db", "localhost:5432", True), ForwardState.CONFLICT, HOSTILE),
+        ]
+    )
+    show.sockets(table)
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["/tmp/h", "->", "/run/g", "listening"]
+    assert second.split()[:4] == ["localhost:5432", "<-", "/run/db", "conflict"]
+    assert "\x1b" not in second
+    show.rules_json(PortSettings(), table)
+    assert json.loads(capsys.readouterr().out)["sockets"][0] == {
+        "guest": "/run/g",
+        "host": "/tmp/h",
+        "reverse": False,
+        "state": "listening",
+        "reason": "",
+    }
+
+
+def test_rules_of_ports(capsys: pytest.CaptureFixture[str]) -> None:
+    rules = [
+        PortRule(Proto.TCP, "0.0.0.0", False, 80, 1, "0.0.0.0", 8080),
+        PortRule(None, "0.0.0.0", True, 1, 100, host_port=1, ignore=True),
+        PortRule(None, "127.0.0.1", False, 5432, 1, host_socket="/run/db.sock", static=True),
+    ]
+    settings = PortSettings(rules, lan=True, privileged_offset=10000)
+    show.rules(settings, SocketRows([]))
+    lan, offset, _, *shown = capsys.readouterr().out.splitlines()
+    assert lan == "what listens on all addresses of the VM is open to other machines"
+    assert offset == "ports below 1024 have 10000 added"
+    assert [line.split() for line in shown] == [
+        ["0.0.0.0:8080:80/tcp", "any", "address"],
+        ["1-100", "all", "addresses", "ignore"],
+        ["/run/db.sock:5432", "127.0.0.1", "static"],
+    ]
+    show.rules_json(settings, SocketRows([]))
+    values = json.loads(capsys.readouterr().out)
+    assert (values["lan"], values["privileged_offset"], values["sockets"]) == (True, 10000, [])
+    assert values["rules"][1] == {
+        "proto": "any",
+        "guest_ip": "0.0.0.0",
+        "guest_ip_must_be_zero": True,
+        "guest_port": "1-100",
+        "ignore": True,
+    }
+
+
+def test_a_change_of_a_port_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    event = Event(1.5, "port-conflict", f"taken by {HOSTILE}", {"port": "80", "proto": "tcp"})
+    show.change(event)
+    text = capsys.readouterr().out
+    assert_harmless(text)
+    assert len(text.splitlines()) == 1
+    show.change_json(event)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {
+        "time": 1.5,
+        "kind": "port-conflict",
+        "message": f"taken by {HOSTILE}",
+        "port": 80,
+        "state": "conflict",
+        "proto": "tcp",
+    }
+
+
+def test_a_socket_of_the_host_is_shown_by_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    show.forwards([replace(ROW, host_address="/run/web.sock", host_port=0)], everything=False)
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "/run/web.sock"
 
 
 def test_ports_that_are_ignored_are_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +337,13 @@ def test_mounts_are_a_table_with_what_to_do(capsys: pytest.CaptureFixture[str]) 
     assert lines[4:] == ["hint: make it"]
 
 
+def test_a_mount_that_is_being_compared_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    show.mounts(Mounts([replace(HOME, revalidating=True), replace(DATA, revalidating=True)]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[4] == "revalidating"
+    assert " missing " in lines[2], "which is worse"
+
+
 def test_files_that_were_lost_are_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     show.mounts(Mounts([replace(HOME, lost=3)]))
     assert "note: in /home/me, 3 open files or locks were lost (ESTALE)" in capsys.readouterr().out
@@ -241,6 +371,10 @@ def test_json_of_a_mount_is_one_object(capsys: pytest.CaptureFixture[str]) -> No
             "lost": 0,
             "calls": 7,
             "clock_skew_ms": -5,
+            "revalidating": False,
+            "unwatched": 0,
+            "bytes_read": 0,
+            "bytes_written": 0,
         }
     ]
 
@@ -260,3 +394,20 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     captured = capsys.readouterr()
     assert captured.err == "installing packages\nmaking the initrd\n"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("process", "container", "unit", "shown"),
+    [
+        ("nginx", "web", "docker.service", "nginx (container web)"),
+        ("python3", "", "session-3.scope", "python3 (session-3.scope)"),
+        ("python3", "", "", "python3"),
+        ("", "web", "docker.service", "container web"),
+        ("", "", "ssh.service", "ssh.service"),
+    ],
+)
+def test_who_listens(
+    capsys: pytest.CaptureFixture[str], process: str, container: str, unit: str, shown: str
+) -> None:
+    show.forwards([replace(ROW, process=process, container=container, unit=unit)], everything=True)
+    assert capsys.readouterr().out.splitlines()[1].rstrip().endswith(f"  {shown}")

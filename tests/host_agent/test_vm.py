@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,11 +21,19 @@ import trio
 import trio.testing
 
 from host_agent import vm as vms
-from host_agent.console import BootStage, ConsoleEvent, ConsoleWatcher, Panicked, Stalled, limits_for
+from host_agent.console import (
+    BootStage,
+    ConsoleEvent,
+    ConsoleWatcher,
+    Farewell,
+    Panicked,
+    Stalled,
+    limits_for,
+)
 from host_agent.errors import ExitCode, UserError
 from host_agent.process import ProcessIdentity
-from host_agent.qmp import QmpClosed
-from host_agent.vm import BootFailure, RestartPolicy, VirtualMachine, VmFiles, watch_boot
+from host_agent.qmp import QmpClosed, QmpError
+from host_agent.vm import BootFailure, RebootPolicy, RestartPolicy, VirtualMachine, VmFiles, watch_boot
 from provision.machine import MIB, Accelerator, Machine
 
 QEMU = shutil.which("qemu-system-x86_64")
@@ -107,6 +116,51 @@ async def test_what_qemu_creates_is_private(files: VmFiles) -> None:
         await until_it_answers(vm)
         for path in (files.qmp, files.log):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@needs_qemu
+async def test_who_listens_to_qemu_leaves_its_monitor_to_others(files: VmFiles, tmp_path: Path) -> None:
+    files = replace(files, events=tmp_path / "events.sock")
+    second = [
+        "-chardev",
+        f"socket,id=events,path={files.events},server=on,wait=off",
+        "-mon",
+        "chardev=events,mode=control",
+    ]
+    async with running([*empty_machine(files), *second], files) as vm:
+        await until_it_answers(vm)
+        with trio.fail_after(30):
+            async with vm.events() as events:
+                await vm.resume()
+                assert (await anext(events)).name == "RESUME"
+                assert await vm.run_state() == "running"
+                await vm.kill()
+                assert [event.name async for event in events] == []
+        with pytest.raises(QmpClosed):
+            async with vm.events():
+                pass
+
+
+async def test_a_vm_of_before_there_were_events_has_none(files: VmFiles) -> None:
+    async with running(script(IDLE), files) as vm:
+        with pytest.raises(QmpClosed):
+            async with vm.events():
+                pass
+
+
+@needs_qemu
+async def test_a_disk_in_use_grows_and_a_node_that_is_not_there_is_an_error(
+    files: VmFiles, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MIB))
+    drive = ["-blockdev", f"driver=raw,node-name=data,file.driver=file,file.filename={disk},discard=unmap"]
+    async with running([*empty_machine(files), *drive], files) as vm:
+        await until_it_answers(vm)
+        await vm.resize("data", 3 * MIB)
+        assert disk.stat().st_size == 3 * MIB
+        with pytest.raises(QmpError):
+            await vm.resize("nobody", 4 * MIB)
 
 
 async def test_previous_logs_are_kept_once(files: VmFiles) -> None:
@@ -202,6 +256,33 @@ async def test_a_panic_is_the_reason_even_if_qemu_exits_normally(files: VmFiles)
     assert await vm.wait() == (
         "the guest's kernel panicked: Kernel panic - not syncing: Attempted to kill init!"
     )
+
+
+REBOOTS = "[ 9.1] reboot: Restarting system"
+PANICS = "[ 9.0] Kernel panic - not syncing: Attempted to kill init!"
+
+
+@pytest.mark.parametrize(
+    ("lines", "then", "farewell", "adopted"),
+    [
+        ([REBOOTS], "exit 0", Farewell.REBOOT, Farewell.REBOOT),
+        (["[ 9.1] reboot: Power down"], "exit 0", Farewell.POWER_OFF, Farewell.POWER_OFF),
+        # Told to quit, or by a kernel of few words. Its parent knows that it was in good order, and no other.
+        (["x"], "exit 0", Farewell.POWER_OFF, None),
+        (["x"], "exit 1", None, None),
+        # To QEMU this is a reboot, because of panic=-1.
+        ([PANICS], "exit 0", None, None),
+        ([REBOOTS, PANICS], "exit 0", None, None),
+        ([REBOOTS], "kill -KILL $$", None, Farewell.REBOOT),
+    ],
+)
+async def test_what_the_guest_ended_it_for(
+    files: VmFiles, lines: list[str], then: str, farewell: Farewell | None, adopted: Farewell | None
+) -> None:
+    vm = await VirtualMachine.start(says(files, *lines, then=then), files)
+    await vm.wait()
+    assert vm.farewell() is farewell
+    assert VirtualMachine(vm.identity, files).farewell() is adopted
 
 
 @needs_qemu
@@ -496,3 +577,25 @@ def test_after_a_good_boot_the_next_bad_one_is_the_first() -> None:
     policy.booted()
     policy.retry(BootFailure("QEMU ended", ()))
     assert policy.restarts == 2
+
+
+# --- a guest that reboots --------------------------------------------------------------------------
+
+
+def test_a_guest_may_reboot_as_often_as_it_likes() -> None:
+    policy = RebootPolicy()
+    for _ in range(100):
+        policy.rebooted(vms.SHORT_LIFE)
+
+
+def test_one_that_does_nothing_else_is_not_started_again() -> None:
+    policy = RebootPolicy(allowed=2)
+    policy.rebooted(1)
+    policy.rebooted(1)
+    policy.rebooted(vms.SHORT_LIFE + 1)
+    policy.rebooted(1)
+    policy.rebooted(vms.SHORT_LIFE - 1)
+    with pytest.raises(UserError, match="rebooted 3 times in a row within 120 s of its boot") as caught:
+        policy.rebooted(1)
+    assert caught.value.exit_code is ExitCode.BOOT
+    assert caught.value.hint

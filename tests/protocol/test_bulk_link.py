@@ -22,6 +22,7 @@ from protocol.link import Hello, Incoming, Link, Role, Service
 from protocol.messages import AnyFrame, BulkOffer, Call, Data, Open, Opened, Result
 from protocol.muxstream import MuxStream
 from protocol.serial import SocketPort
+from protocol.window import INITIAL_WINDOW
 
 SLOTS = 16
 HALF = SLOTS * SLOT
@@ -274,7 +275,7 @@ async def test_what_comes_with_a_fault_is_not_kept() -> None:
 
         nursery.start_soon(ask)
         await trio.testing.wait_all_tasks_blocked(0.01)
-        await port.send_all(wire(Opened(2, 1000)))
+        await port.send_all(wire(Opened(2, INITIAL_WINDOW)))
         await until(lambda: streams)
         results: list[Any] = []
         link.call(Read(1, 2, 3, 0, 4096), b"", results.append)

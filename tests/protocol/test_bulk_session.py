@@ -173,7 +173,7 @@ def guest(*, offers: bool = True) -> tuple[Session, Bulk]:
         [BulkBegin(b""), Call(2, 1, [], b"", [2**64 - 1, 2**64 - 1])],
         [BulkBegin(b""), Call(2, 1, [], b"", [-(2**63), 5000])],
         [BulkBegin(b""), Call(2, 1, [], b"", [0, 0])],
-        [BulkBegin(b""), messages.Open(2, "tcp", [], 9), Data(2, b"", [0, SLOT])],
+        [BulkBegin(b""), messages.Open(2, "tcp", [], 9), messages.Reset(2, "", ""), Data(2, b"", [0, SLOT])],
         [BulkBegin(b""), Data(2, b"", [0, SLOT])],
         [BulkBegin(b""), Result(1, 0, None, b"", [0, SLOT])],
     ],
@@ -447,16 +447,16 @@ def test_data_by_reference_needs_no_credit_and_uses_none() -> None:
     host, guest_ = pair.sessions
     host.send_data(number, bytes(1 << 20))
     pair.carry()
-    assert not host.drained(number)
+    assert not host.stream(number).drained
     host.drop_unsent(number)
-    assert not host.writable(number)
+    assert not host.stream(number).writable
     pair.send_run(number, b"x" * 5000)
     assert bytes(pair.last(GUEST).payload) == b"x" * 5000
     release_all(pair.heard[GUEST])
-    assert not host.writable(number)
+    assert not host.stream(number).writable
     guest_.consume(number, 100_000)
     pair.carry()
-    assert host.writable(number)
+    assert host.stream(number).writable
 
 
 def test_data_for_a_stream_that_was_reset_is_released_at_once() -> None:
@@ -590,13 +590,13 @@ class Anything(RuleBasedStateMachine):
     def send(self, side: int, size: int, inline: bool) -> None:
         session = self.pair.sessions[side]
         number = self.stream
-        if side in self.cut or not session.knows(number) or not session.drained(number):
+        if side in self.cut or not session.knows(number) or not session.stream(number).drained:
             return
         run, mark = self.take(side, size, None if inline else session.take_run(number, size))
         if run is not None:
             self.sent[1 - side].append((mark, run.length))
             session.send_run(number, run)
-        elif session.writable(number):
+        elif session.stream(number).writable:
             data = bytearray(INLINE_BELOW)
             stamp(memoryview(data), INLINE_BELOW, mark)
             self.sent[1 - side].append((mark, INLINE_BELOW))

@@ -187,6 +187,7 @@ messages = st.one_of(
     st.from_type(api.Exec),
     st.from_type(api.Event),
     st.from_type(api.Forwards),
+    st.from_type(api.UseHostNetwork),
 )
 
 

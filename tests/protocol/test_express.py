@@ -332,7 +332,7 @@ def test_the_same_is_said_on_the_same_credit(script: list[tuple[str, int]]) -> N
             continue
         step = Step(name, 1, count)
         assert outcome(step, short) == outcome(step, long)
-        assert short.writable(1) == long.writable(1)
+        assert short.stream(1).writable == long.stream(1).writable
     while said_by_short := said(short):
         assert said_by_short == said(long)
     assert not said(long)
@@ -340,7 +340,7 @@ def test_the_same_is_said_on_the_same_credit(script: list[tuple[str, int]]) -> N
 
 def say(short: Session, long: Session, data: bytes) -> None:
     """By the short way if it is open, which it is exactly if nothing is before it and all of it may go."""
-    busy = long.has_output or not long.drained(1)
+    busy = long.has_output or not long.stream(1).drained
     frame = short.express(1, data)
     before = said(short) if frame is None and not busy else b""
     assert before == b"", "what is refused has not been queued"
@@ -353,9 +353,12 @@ def say(short: Session, long: Session, data: bytes) -> None:
         assert not busy
         assert error is None
         assert said(long) == frame == wire(Data(1, data))
-        assert long.drained(1)
+        assert long.stream(1).drained
         assert not short.has_output
-    assert (short.writable(1), short.drained(1)) == (long.writable(1), long.drained(1))
+    assert (short.stream(1).writable, short.stream(1).drained) == (
+        long.stream(1).writable,
+        long.stream(1).drained,
+    )
 
 
 def said_at_once(session: Session) -> bytes:
@@ -393,10 +396,11 @@ def test_the_short_way_does_not_overtake_what_waits_for_credit() -> None:
 
 def test_a_stream_that_is_not_open_has_no_short_way() -> None:
     session = greeted()
-    number = session.open("tcp", [])
-    said(session)
-    assert session.express(number, b"x") is None
     assert session.express(99, b"x") is None
+    number = session.open("tcp", [])
+    assert session.express(number, b"x") is None, "not before the question"
+    said(session)
+    assert session.express(number, b"x") == wire(Data(number, b"x")), "early"
     session.receive_data(wire(Opened(number, WINDOW)), 0.0)
     assert session.express(number, b"x") == wire(Data(number, b"x"))
     session.send_eof(number)

@@ -15,10 +15,11 @@ from protocol.errors import DecodeError
 from protocol.files import ATTR, CALLS, DIRENT, FileCall
 
 RESULTS = (
-    files.Attributes, files.Entry, files.Content, files.Written, files.Position, files.Listing,
-    files.FilesystemSize, files.Opened, files.LockState,
+    files.Attributes, files.Entry, files.Content, files.Written, files.Position, files.Contents, files.Listing,
+    files.FilesystemSize, files.Opened, files.LockState, files.Renamed, files.Removed, files.XattrNames,
 )  # fmt: skip
 MOUNTING = (files.Share, files.MountReport, files.MountReports, files.MountShares)
+NOTICES = (files.NamesGone, files.Changed)
 
 names = st.binary(min_size=1, max_size=files.MAX_NAME)
 numbers = st.integers(0, 2**63 - 1)
@@ -42,12 +43,24 @@ def instances(cls: type) -> st.SearchStrategy[Any]:
     return st.builds(cls, **{field.name: values(hints[field.name]) for field in dataclasses.fields(cls)})
 
 
-@pytest.mark.parametrize("cls", [*CALLS.values(), *RESULTS, *MOUNTING], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [*CALLS.values(), *RESULTS, *MOUNTING, *NOTICES], ids=lambda cls: cls.__name__
+)
 @given(data=st.data())
 def test_every_message_comes_back(cls: type, data: st.DataObject) -> None:
     message = data.draw(instances(cls))
     packed = msgpack.packb(codec.encode(message), use_bin_type=True)
     assert codec.decode(cls, msgpack.unpackb(packed, raw=False)) == message
+
+
+@given(shares=st.sets(st.integers(0, 2**32 - 1)))
+def test_which_shares_are_in_use(shares: set[int]) -> None:
+    assert files.shares_in_use(["files", files.in_use(shares), "in"]) == shares
+
+
+@pytest.mark.parametrize("capabilities", [[], ["files", "in-use"], ["in-use=1,x"]])
+def test_a_greeting_that_does_not_say_which_shares_are_in_use(capabilities: list[str]) -> None:
+    assert files.shares_in_use(capabilities) is None
 
 
 @pytest.mark.parametrize("cls", CALLS.values(), ids=lambda cls: cls.__name__)
@@ -75,8 +88,8 @@ def test_what_changes_something() -> None:
     """What is asked twice after a crash must be known to be the same: a call missing here is done twice."""
     harmless = {cls.__name__ for cls in CALLS.values() if not cls.CHANGES}
     assert harmless == {
-        "Lookup", "ReadLink", "List", "GetAttributes", "GetXattr", "ListXattr", "GetFilesystemSize", "Read", "Seek",
-        "Sync", "Flushed", "TestLock",
+        "Lookup", "ReadLink", "List", "ListEntries", "GetAttributes", "GetXattr", "ListXattr", "GetFilesystemSize",
+        "Read", "ReadMany", "Seek", "Sync", "TestLock",
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import trio.testing
 
 from protocol.errors import ErrorCode, LinkClosed, StreamReset
 from protocol.messages import Credit, Data, Eof, Hello, Open, Reset
-from protocol.muxstream import MuxStream
+from protocol.muxstream import Driver, MuxStream
 from protocol.session import Role, Session
 
 WINDOW = 100
@@ -30,7 +30,7 @@ class Wire:
         self.move()
         self.sessions[1].accept(number)
         self.move()
-        self.streams = [MuxStream(session, number, self.move) for session in self.sessions]
+        self.streams = [MuxStream(Driver(session, self.move), number) for session in self.sessions]
         self.frames.clear()
 
     def move(self) -> None:
@@ -77,7 +77,7 @@ async def test_trio_finds_it_a_proper_stream() -> None:
     async def maker() -> tuple[MuxStream, MuxStream]:
         wire = Wire()
         number = wire.streams[0]._number
-        wire.streams = [EndsWhenClosed(session, number, wire.move) for session in wire.sessions]
+        wire.streams = [EndsWhenClosed(Driver(session, wire.move), number) for session in wire.sessions]
         return wire.streams[0], wire.streams[1]
 
     async def clogged_maker() -> tuple[MuxStream, MuxStream]:

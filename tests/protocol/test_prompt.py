@@ -14,8 +14,9 @@ import trio.testing
 
 from protocol import codec
 from protocol.files import MAX_FILES_PAYLOAD, GetAttributes, Write
-from protocol.link import PROMPT_SIZE, Hello, Link, Role, SerialChannel, Service
+from protocol.link import Hello, Link, Role, SerialChannel, Service
 from protocol.messages import Call
+from protocol.outlet import PROMPT_SIZE
 from protocol.serial import SocketPort
 
 

@@ -19,7 +19,7 @@ from protocol.errors import ErrorCode, LocalProtocolError
 from protocol.frames import FrameDecoder
 from protocol.link import Hello, Incoming, Link, Role, Service
 from protocol.messages import AnyFrame, BulkOffer, Data, Eof, Open, Opened
-from protocol.muxstream import MuxStream
+from protocol.muxstream import Driver, MuxStream
 from protocol.pump import CHUNK, INLINE_CHUNK, pump
 from protocol.serial import SocketPort
 from protocol.session import Session
@@ -315,6 +315,31 @@ async def test_each_size_arrives_whole(connection: Connection) -> None:
                 assert await exactly(sink, size) == payload
 
 
+async def test_what_streams_carry_is_counted(tunnel: Tunnel) -> None:
+    """Both ways, whether by pump or by a task, inline or in memory, and on both sides the same."""
+    connection = await tunnel.connect()
+    async with connection.left, connection.right:
+        for size in (1, 3 * CHUNK, INLINE_CHUNK):
+            async with trio.open_nursery() as sending:
+                sending.start_soon(connection.left.send_all, bytes(size))
+                await exactly(connection.right, size)
+        await connection.right.send_all(b"back")
+        await exactly(connection.left, 4)
+    await connection.ended.wait()
+    stream, accepted = await tunnel.accept()
+    for size in (1, 3 * CHUNK, INLINE_CHUNK):
+        async with trio.open_nursery() as sending:
+            sending.start_soon(stream.send_all, bytes(size))
+            await exactly(accepted, size)
+    await accepted.send_all(b"back")
+    await exactly(stream, 4)
+    carried = 2 * (1 + 3 * CHUNK + INLINE_CHUNK)
+    assert (tunnel.host.traffic.sent, tunnel.host.traffic.received) == (carried, 8)
+    assert (tunnel.guest.traffic.received, tunnel.guest.traffic.sent) == (carried, 8)
+    for end in (stream, accepted):
+        await end.aclose()
+
+
 async def test_many_pieces_of_any_size_come_in_order(connection: Connection, nursery: trio.Nursery) -> None:
     pieces = [os.urandom(size) for size in [1, 3 * SLOT, 10, *AROUND, 5, 1 << 20, 7] * 3]
 
@@ -481,7 +506,7 @@ async def test_what_came_before_the_pump_is_delivered(tunnel: Tunnel, nursery: t
 
 
 async def test_a_stream_without_a_link_has_nobody_to_carry_it() -> None:
-    stream = MuxStream(Session(Role.HOST, Hello(), 0.0), 2, lambda: None)
+    stream = MuxStream(Driver(Session(Role.HOST, Hello(), 0.0), lambda: None), 2)
     near, far = await tcp_pair()
     async with near, far:
         with pytest.raises(LocalProtocolError):

@@ -273,15 +273,15 @@ def test_streams_take_turns_and_control_goes_first() -> None:
 def test_data_waits_for_credit() -> None:
     session = greeted()
     number = open_stream(session)
-    assert session.writable(number)
+    assert session.stream(number).writable
     session.send_data(number, b"x" * (WINDOW + 5))
     assert said(session) == [messages.Data(number, b"x" * WINDOW)]
     assert not session.has_output
-    assert not session.drained(number)
+    assert not session.stream(number).drained
     assert hears(session, messages.Credit(number, 3)) == [messages.Credit(number, 3)]
     assert said(session) == [messages.Data(number, b"x" * 3)]
     session.drop_unsent(number)
-    assert session.drained(number)
+    assert session.stream(number).drained
     hears(session, messages.Credit(number, 3))
     assert said(session) == []
 
@@ -331,8 +331,8 @@ def test_operations_on_a_stream_that_is_gone() -> None:
     session.consume(number, 5)
     session.drop_unsent(number)
     assert not session.knows(number)
-    assert not session.writable(number)
-    assert session.drained(number)
+    assert not session.stream(number).writable
+    assert session.stream(number).drained
 
 
 # --- the end ---------------------------------------------------------------------------------------
@@ -698,3 +698,14 @@ def test_a_pair_loses_nothing_and_duplicates_nothing(steps: list[tuple[str, int,
 
 def test_the_default_window_keeps_a_full_chunk_under_way() -> None:
     assert INITIAL_WINDOW >= 2 * MAX_CHUNK
+
+
+def test_streams_end_with_their_session() -> None:
+    session = greeted()
+    number = open_stream(session)
+    stream = session.stream(number)
+    session.send_data(number, b"x" * 2 * WINDOW)
+    assert not stream.drained
+    session.goodbye()
+    assert stream.drained
+    assert not stream.writable

@@ -6,7 +6,7 @@ import pytest
 
 from protocol.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from protocol.messages import AnyFrame, Credit, Data, Eof, Open, Opened, Refused, Reset
-from protocol.stream import MAX_CHUNK, TRANSITIONS, Input, MuxedStream, State
+from protocol.stream import EARLY, MAX_CHUNK, TRANSITIONS, Input, MuxedStream, State
 
 WINDOW = 100
 
@@ -59,6 +59,7 @@ WAYS = {
     State.OPEN: [Input.SEND_OPEN, Input.RECV_OPENED],
     State.LOCAL_ENDED: [Input.RECV_OPEN, Input.SEND_OPENED, Input.SEND_EOF],
     State.REMOTE_ENDED: [Input.SEND_OPEN, Input.RECV_OPENED, Input.RECV_EOF],
+    State.REFUSED: [Input.RECV_OPEN, Input.SEND_REFUSED],
     State.RESETTING: [Input.SEND_OPEN, Input.RECV_OPENED, Input.SEND_RESET],
     State.ENDED_RESETTING: [Input.SEND_OPEN, Input.RECV_OPENED, Input.SEND_EOF, Input.SEND_RESET],
     State.CLOSED: [Input.SEND_OPEN, Input.RECV_REFUSED],
@@ -168,3 +169,68 @@ def test_empty_data_is_an_error_of_the_peer_and_nothing_from_us() -> None:
     side.stream.send_data(b"")
     assert not side.stream.ready
     assert side.stream.drained
+
+
+# --- before the answer -----------------------------------------------------------------------------
+
+
+def test_some_data_goes_before_the_answer_and_counts_in_the_window() -> None:
+    said: list[AnyFrame] = []
+    stream = MuxedStream(1, 2 * EARLY, said.append)
+    stream.open("tcp", [])
+    stream.send_data(b"x" * 3 * EARLY)
+    assert len(stream.next_chunk()) == EARLY
+    assert not stream.ready
+    stream.receive(Opened(1, 2 * EARLY))
+    assert len(stream.next_chunk()) == EARLY
+    assert not stream.ready
+
+
+def test_an_answer_that_takes_back_what_was_granted_early() -> None:
+    stream = MuxedStream(1, EARLY, lambda frame: None)
+    stream.open("tcp", [])
+    with pytest.raises(RemoteProtocolError, match="credit"):
+        stream.receive(Opened(1, EARLY - 1))
+
+
+def test_what_is_offered_may_bring_data_within_the_window() -> None:
+    side = side_in(State.OFFERED)
+    assert side.stream.receive(Data(1, b"x" * WINDOW))
+    with pytest.raises(RemoteProtocolError, match="credit"):
+        side.stream.receive(Data(1, b"x"))
+
+
+def test_the_end_is_not_said_before_the_answer() -> None:
+    side = side_in(State.OPENING)
+    side.stream.send_data(b"x")
+    with pytest.raises(LocalProtocolError):
+        side.stream.send_eof()
+
+
+def test_who_is_refused_says_that_nothing_more_comes() -> None:
+    side = side_in(State.OPENING)
+    side.stream.send_data(b"x" * 2 * WINDOW)
+    assert side.do(Input.RECV_REFUSED)
+    assert [type(frame) for frame in side.said] == [Reset]
+    assert not side.stream.ready
+    assert side.stream.drained
+
+
+def test_who_refuses_drops_what_was_sent_before_it_was_known() -> None:
+    side = side_in(State.REFUSED)
+    assert not side.stream.receive(Data(1, b"x" * WINDOW))
+    with pytest.raises(RemoteProtocolError, match="credit"):
+        side.stream.receive(Data(1, b"x"))
+    assert not side.do(Input.RECV_RESET)
+    assert side.said == []
+
+
+def test_a_refusal_and_a_reset_that_cross() -> None:
+    one, other = Side(), Side()
+    one.do(Input.SEND_OPEN)
+    one.do(Input.SEND_RESET)
+    other.do(Input.RECV_OPEN)
+    other.do(Input.SEND_REFUSED)
+    assert not one.do(Input.RECV_REFUSED)
+    assert not other.do(Input.RECV_RESET)
+    assert one.stream.state is other.stream.state is State.CLOSED

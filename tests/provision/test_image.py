@@ -51,7 +51,7 @@ from provision import commands, image, recipe
 commands.find_privilege = lambda: commands.Privilege((), ("mmdebstrap",))
 image.BUILD_SPACE = 0
 try:
-    image.ensure(Path(sys.argv[1]), replace(recipe.load(), root_size=1 << 20, initrd_modules=("virtio_blk",)),
+    image.ensure(Path(sys.argv[1]), replace(recipe.load(), root_size=1 << 20, alone_modules=(), initrd_modules=("virtio_blk",), bulk_modules=()),
                  lambda text: print(text, flush=True))
 except KeyboardInterrupt:
     sys.exit(130)
@@ -95,7 +95,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def small() -> Recipe:
-    return replace(recipe.load(), root_size=1 << 20, initrd_modules=("virtio_blk",))
+    return replace(
+        recipe.load(), root_size=1 << 20, alone_modules=(), initrd_modules=("virtio_blk",), bulk_modules=()
+    )
 
 
 @pytest.fixture

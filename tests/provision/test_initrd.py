@@ -135,7 +135,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_an_initrd(root: Path) -> None:
-    archive = initrd.build(root, "6.12", ["b", "ext4", "c"], b"#!/bin/busybox sh\n")
+    wanted = {"order": ["b", "ext4"], "beside": ["c"]}
+    archive = initrd.build(root, "6.12", wanted, b"#!/bin/busybox sh\n")
     found = dict(members(archive))
     assert {name: member.content for name, member in found.items() if stat.S_ISREG(member.mode)} == {
         "bin/busybox": b"ELF busybox",
@@ -143,18 +144,28 @@ def test_an_initrd(root: Path) -> None:
         "modules/a.ko": b"ELF a",
         "modules/b.ko": b"ELF b",
         "modules/c.ko": b"ELF c",
-        "modules/order": b"a.ko\nb.ko\nc.ko\n",
+        "modules/order": b"a.ko\nb.ko\n",
+        "modules/beside": b"c.ko\n",
     }
     assert found["init"].mode & 0o111
     assert found["bin/busybox"].mode & 0o111
     names = list(found)
     assert names.index("modules") < names.index("modules/a.ko"), "the kernel makes no parents"
-    assert archive == initrd.build(root, "6.12", iter(["b", "ext4", "c"]), b"#!/bin/busybox sh\n")
+    again = {name: iter(modules) for name, modules in wanted.items()}
+    assert archive == initrd.build(root, "6.12", again, b"#!/bin/busybox sh\n")
+
+
+def test_what_two_lists_need_is_loaded_once_with_the_first(root: Path) -> None:
+    wanted = {"alone": ["c"], "order": ["a"], "beside": ["b", "c"]}
+    found = dict(members(initrd.build(root, "6.12", wanted, b"")))
+    assert found["modules/alone"].content == b"c.ko\n"
+    assert found["modules/order"].content == b"a.ko\n"
+    assert found["modules/beside"].content == b"b.ko\n"
 
 
 def test_a_module_that_the_kernel_does_not_have_is_named(root: Path) -> None:
     with pytest.raises(ProvisionError, match=r"kernel 6\.12 has no module virtio_blk, zfs"):
-        initrd.build(root, "6.12", ["a", "virtio_blk", "ext4", "zfs"], b"")
+        initrd.build(root, "6.12", {"order": ["a", "virtio_blk", "ext4"], "beside": ["zfs"]}, b"")
 
 
 def test_a_compression_nobody_knows_is_an_error(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from provision.errors import ProvisionError
 from provision.machine import (
+    GIB,
     MAX_SOCKET_PATH,
     MIB,
     Accelerator,
@@ -35,6 +36,7 @@ MACHINE = Machine(
     agent=Path("/v/agent.tar"),
     data=Path("/v/data.img"),
     qmp=Path("/v/qmp.sock"),
+    events=Path("/v/events.sock"),
     console=Path("/v/console.log"),
     serial_ports=(
         SerialPort("org.agentctl.control", Path("/v/control.sock")),
@@ -68,6 +70,8 @@ def golden(accel: str, cpu: str, cmdline: str) -> list[str]:
         "-append", cmdline,
         "-chardev", "socket,id=qmp,path=/v/qmp.sock,server=on,wait=off",
         "-mon", "chardev=qmp,mode=control",
+        "-chardev", "socket,id=events,path=/v/events.sock,server=on,wait=off",
+        "-mon", "chardev=events,mode=control",
         "-chardev", "file,id=console,path=/v/console.log,append=on",
         "-serial", "chardev:console",
         "-blockdev", "driver=qcow2,node-name=root,file.driver=file,file.filename=/v/root.qcow2,"
@@ -100,7 +104,7 @@ def golden(accel: str, cpu: str, cmdline: str) -> list[str]:
     [
         (Accelerator.KVM, "kvm", "host", CMDLINE),
         (Accelerator.HVF, "hvf", "host", CMDLINE),
-        (Accelerator.TCG, "tcg,thread=multi", "max,la57=off", f"{CMDLINE} clearcpuid=cx16"),
+        (Accelerator.TCG, "tcg,thread=multi", "max,la57=off,erms=off", f"{CMDLINE} clearcpuid=cx16"),
     ],
 )
 def test_the_command_line(accelerator: Accelerator, accel: str, cpu: str, cmdline: str) -> None:
@@ -140,15 +144,39 @@ def test_shared_memory_is_the_last_device_and_has_address_space() -> None:
     """Behind all others, so that nothing has another address or name with it than without."""
     machine = dataclasses.replace(MACHINE, bulk=BulkMemory(Path("/proc/7/fd/8"), 64 * MIB))
     argv = machine.argv(Path("/usr/bin/qemu-system-x86_64"))
-    plain = golden("kvm", "host", CMDLINE)
-    plain[plain.index("-m") + 1] = "size=2048M,maxmem=2112M"
+    plain = golden("kvm", "host", f"{CMDLINE} memmap=64M!0x180000000 swiotlb=noforce")
+    plain[plain.index("-m") + 1] = "size=2048M,maxmem=4160M"
     # fmt: off
     assert argv == [
         *plain,
         "-object", "memory-backend-file,id=bulk,mem-path=/proc/7/fd/8,share=on,prealloc=off,size=64M",
-        "-device", "virtio-pmem-pci,id=bulk-device,memdev=bulk",
+        "-device", "virtio-pmem-pci,id=bulk-device,memdev=bulk,memaddr=0x180000000",
     ]
     # fmt: on
+
+
+@pytest.mark.parametrize(
+    ("memory", "address"),
+    [(256, 5 * GIB), (1024, 5 * GIB), (1025, 6 * GIB), (2816, 7 * GIB), (65536, 68 * GIB)],
+)
+def test_shared_memory_is_behind_all_ram_at_a_gib(memory: int, address: int) -> None:
+    bulk = BulkMemory(Path("/b"), 64 * MIB)
+    machine = dataclasses.replace(MACHINE, memory=memory * MIB, bulk=bulk)
+    argv = machine.argv(Path("/q"))
+    assert f" memmap=64M!{address:#x} " in machine.kernel_cmdline
+    assert argv[-1].endswith(f",memaddr={address:#x}")
+    # The region for such devices begins at 4 GiB at the earliest.
+    maxmem = int(argv[argv.index("-m") + 1].partition("maxmem=")[2].removesuffix("M")) * MIB
+    assert 4 * GIB + maxmem - machine.memory >= address + bulk.size
+
+
+def test_shared_memory_has_a_driver_where_the_command_line_cannot_tell_of_it() -> None:
+    bulk = BulkMemory(Path("/b"), 64 * MIB)
+    machine = dataclasses.replace(MACHINE, arch=Arch.AARCH64, accelerator=Accelerator.HVF, bulk=bulk)
+    argv = machine.argv(Path("/q"))
+    assert "memmap" not in machine.kernel_cmdline
+    assert argv[argv.index("-m") + 1] == "size=2048M,maxmem=2112M"
+    assert argv[-1] == "virtio-pmem-pci,id=bulk-device,memdev=bulk"
 
 
 def test_another_architecture_has_its_own_board() -> None:
@@ -181,6 +209,7 @@ def test_commas_are_doubled_where_qemu_splits_and_only_there() -> None:
         data=odd / "data",
         bulk=BulkMemory(odd / "bulk", MIB),
         qmp=odd / "qmp",
+        events=odd / "events",
         console=odd / "console",
         serial_ports=(SerialPort("p", odd / "port"),),
     )
@@ -188,7 +217,7 @@ def test_commas_are_doubled_where_qemu_splits_and_only_there() -> None:
     plain = [word for word in argv if "/a,b/" in word]
     assert plain == ["/a,b/qemu", "/a,b/kernel", "/a,b/initrd"]
     doubled = [word.split("/a,,b/")[1].split(",")[0] for word in argv if "/a,,b/" in word]
-    assert doubled == ["qmp", "console", "root", "agent", "data", "port", "bulk"]
+    assert doubled == ["qmp", "events", "console", "root", "agent", "data", "port", "bulk"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +235,7 @@ def test_commas_are_doubled_where_qemu_splits_and_only_there() -> None:
         ({"qmp": Path("qmp.sock")}, "absolute"),
         ({"qmp": Path("/" + "x" * MAX_SOCKET_PATH)}, "104 bytes long; 103 is the limit"),
         ({"qmp": Path("/" + "ü" * 60)}, "121 bytes long"),
+        ({"events": Path("events.sock")}, "absolute"),
         ({"serial_ports": (SerialPort("p", Path("/" + "x" * 200)),)}, "201 bytes long"),
     ],
 )
@@ -231,7 +261,8 @@ def _kernel_image() -> bytes:
 
 
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs qemu-system-x86_64")
-def test_qemu_builds_this_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [256, 3000, 6144], ids="{} MiB".format)
+def test_qemu_builds_this_machine(tmp_path: Path, memory: int) -> None:
     """A real QEMU takes every option, a comma in every path; its CPUs are not started."""
     home = tmp_path / "a,b"
     home.mkdir(mode=0o700)
@@ -246,7 +277,7 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
         MACHINE,
         accelerator=Accelerator.TCG,
         cpus=2,
-        memory=256 * MIB,
+        memory=memory * MIB,
         kernel=home / "kernel",
         initrd=home / "initrd",
         root=home / "root.qcow2",
@@ -254,6 +285,7 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
         data=home / "data.img",
         bulk=BulkMemory(home / "bulk", 64 * MIB),
         qmp=home / "q",
+        events=home / "e",
         console=home / "c",
         serial_ports=(SerialPort("org.agentctl.control", home / "p"),),
     )
@@ -263,7 +295,7 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
     done = subprocess.run(argv, input=script, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    blocks, uuid, chardevs, memory = (answer["return"] for answer in answers[2:6])
+    blocks, uuid, chardevs, memory_devices = (answer["return"] for answer in answers[2:6])
     drives = {block["inserted"]["node-name"]: block["inserted"] for block in blocks}
     assert {name: drive["ro"] for name, drive in drives.items()} == {
         "root": False,
@@ -274,5 +306,8 @@ def test_qemu_builds_this_machine(tmp_path: Path) -> None:
     assert drives["root"]["cache"]["no-flush"]
     assert not drives["data"]["cache"]["no-flush"]
     assert uuid["UUID"] == str(MACHINE.uuid)
-    assert {"qmp", "console", "org.agentctl.control"} <= {chardev["label"] for chardev in chardevs}
-    assert [(device["type"], device["data"]["size"]) for device in memory] == [("virtio-pmem", 64 * MIB)]
+    assert {"qmp", "events", "console", "org.agentctl.control"} <= {chardev["label"] for chardev in chardevs}
+    assert [(device["type"], device["data"]["size"]) for device in memory_devices] == [
+        ("virtio-pmem", 64 * MIB)
+    ]
+    assert memory_devices[0]["data"]["memaddr"] == -(-memory // 1024) * GIB + 4 * GIB

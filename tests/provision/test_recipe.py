@@ -51,8 +51,22 @@ def test_the_recipe_is_one() -> None:
     assert loaded.architecture == "amd64"
     assert loaded.kernel_package == "linux-image-cloud-amd64"
     assert "docker.io" in loaded.packages
+    assert set(loaded.bulk_modules) == {"nd_e820", "nd_pmem"}
     assert len(loaded.digest) == 16
     assert (loaded.guest_files / "usr/lib/agentctl/init").is_file()
+
+
+def test_each_runtime_has_an_image_of_its_own() -> None:
+    docker, podman, containerd = (
+        recipe.load(machine="x86_64", runtime=runtime) for runtime in recipe.RUNTIMES
+    )
+    assert docker == recipe.load(machine="x86_64")
+    assert len({docker.digest, podman.digest, containerd.digest}) == 3
+    assert {"docker.io", "podman"}.isdisjoint(containerd.packages)
+    assert ("docker.io" in podman.packages, "podman" in docker.packages) == (False, False)
+    assert {"podman", "docker-cli"} <= set(podman.packages)
+    with pytest.raises(ProvisionError):
+        recipe.load(machine="x86_64", runtime="rkt")
 
 
 def test_equal_recipes_have_equal_names_wherever_they_are(copy: Path) -> None:

@@ -82,7 +82,7 @@ PYTHON = f"""
 case "$*" in
 "-P -c import host_agent.cli") ;;
 "-m tests.bench."*) echo "$PWD" >"$state/benched-in" ;;
-"-P -m "*) echo "AGENTCTL_HOME=$AGENTCTL_HOME HOME=$HOME" >>"$state/deleted"; rm -rf "$AGENTCTL_HOME"/instances/* ;;
+"-P -m "*) echo "AGENTCTL_HOME=$AGENTCTL_HOME HOME=$HOME $AGENTCTL_INSTANCE" >>"$state/deleted"; rm -rf "$AGENTCTL_HOME/instances/$AGENTCTL_INSTANCE" ;;
 *) exec "{sys.executable}" "$@" ;;
 esac
 """
@@ -187,6 +187,7 @@ def make_home(home: Path) -> None:
         "tools/.lock",
         "instances/default/lock",
         "instances/default/data.img",
+        "instances/dev-2/data.img",
     ):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).touch()
@@ -328,7 +329,9 @@ def test_uninstall_leaves_nothing_of_a_home_of_its_own(place: Place) -> None:
         link.symlink_to(target)
     (place.user / ".local/bin/docker").symlink_to("/opt/docker")
     place.uninstall()
-    assert (place.state / "deleted").read_text() == f"AGENTCTL_HOME={place.home} HOME={place.user}\n"
+    assert (place.state / "deleted").read_text().splitlines() == [
+        f"AGENTCTL_HOME={place.home} HOME={place.user} {instance}" for instance in ("default", "dev-2")
+    ]
     assert not place.home.exists()
     assert {path.name for path in place.checkout.iterdir()} == {"provision", "pyproject.toml"}
     assert not any(link.is_symlink() for link in links)
@@ -374,8 +377,10 @@ def test_root_removes_the_test_user_after_its_vm(place: Place) -> None:
     make_home(work / "home")
     place.program(work / "venv/bin/python", PYTHON)
     place.uninstall()
-    deleted = (place.state / "deleted").read_text()
-    assert deleted == f"AGENTCTL_HOME={work / 'home'} HOME={place.state / 'test-user'}\n"
+    assert (place.state / "deleted").read_text().splitlines() == [
+        f"AGENTCTL_HOME={work / 'home'} HOME={place.state / 'test-user'} {instance}"
+        for instance in ("default", "dev-2")
+    ]
     (setpriv, *_) = place.calls("setpriv")
     assert "--reuid=agentctl-nobody --regid=4242 --init-groups" in setpriv
     assert place.calls("userdel") == ["userdel --remove agentctl-nobody"]

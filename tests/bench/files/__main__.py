@@ -1,11 +1,13 @@
 """Compares agentctl's mount with sshfs, virtiofs and the guest's own disk, in one VM and one run.
 
-    python -m tests.bench.files [--rounds N] [--only WORKLOAD] [--peers NAMES] [--without-vm] [--json FILE]
+    python -m tests.bench.files [--rounds N] [--only WORKLOAD] [--peers NAMES] [--edits N] [--without-vm] [--json FILE]
 
 Run it from the checkout. It needs, beside what ``agentctl up`` needs, git, and for the peers openssh-client,
 openssh-sftp-server and qemu-system-common; a peer that this host lacks is left out, and said to be missing. The
 VM is one of its own, deleted afterwards; in emulation a whole run takes some ten minutes. Without a VM the
 same programs are compared in a private mount namespace (``local``).
+
+At the end, EDITS edits are made on the host, and it is measured when each is seen in the guest (``freshness``).
 
 Exit status: 0 when every sample was taken, 1 when some are missing or failed or a peer that was named cannot
 be had, 2 for wrong arguments.
@@ -28,13 +30,21 @@ from tests.bench import instance as instances
 from tests.bench import program
 from tests.bench.files import local, peers, report, runner, trees
 from tests.bench.files.driver import Driver
-from tests.bench.files.report import OURS, Report, Sample
+from tests.bench.files.freshness import Watcher, measure
+from tests.bench.files.report import OURS, Freshness, Report, Sample
 from tests.bench.files.runner import Peer, PeerFailed, Plan, Run
 from tests.bench.instance import Instance, InstanceFailed
 from tests.bench.machine import Devices
 from tests.bench.program import say
+from tests.free_ports import free_port
 
 VM_PEERS = (OURS, "sshfs", "virtiofs", "ext4")
+
+EDITS = "edits"
+"""What ``--only`` calls them."""
+
+EDITING_LIMIT = 60.0
+"""Seconds for the edits on one peer. Those that ask only now and then see a handful in that time."""
 
 VM_PROCEDURE = (
     "cold: in a mount made anew in this round (but ext4), of files not looked at since, with the guest's caches "
@@ -49,6 +59,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="samples of each workload on each peer")
     parser.add_argument(
         "--only", action="append", default=[], metavar="WORKLOAD", help="wildcards; repeatable"
+    )
+    parser.add_argument(
+        "--edits", type=int, default=1000, help="seen on each peer; with --only, only if 'edits' is named"
     )
     parser.add_argument("--peers", default="", help=f"separated by commas, of {','.join(VM_PEERS)}")
     parser.add_argument("--without-vm", action="store_true", help="on this host, without a VM")
@@ -67,8 +80,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     chosen.names = [name for name in chosen.peers.split(",") if name] or list(known)
     if unknown := [name for name in chosen.names if name not in known]:
         parser.error(f"unknown peer {unknown[0]}; there are {', '.join(known)}")
-    chosen.workloads = runner.select(chosen.only)
-    if not chosen.workloads:
+    if chosen.only and EDITS not in chosen.only:
+        chosen.edits = 0
+    patterns = [pattern for pattern in chosen.only if pattern != EDITS]
+    chosen.workloads = runner.select(patterns) if patterns or not chosen.only else ()
+    if not chosen.workloads and not chosen.edits:
         parser.error("no workload matches --only")
     if chosen.full and chosen.small:
         parser.error("--full and --small exclude each other")
@@ -86,6 +102,7 @@ class Outcome:
     environment: dict[str, str]
     sizes: trees.Sizes
     samples: list[Sample]
+    freshness: list[Freshness]
     out_of_time: bool
 
 
@@ -111,7 +128,7 @@ def in_vm(chosen: argparse.Namespace, work: Path) -> Outcome:
     unavailable = {name: reason for name in chosen.names if (reason := peers.obstacle(name))}
     names = [name for name in chosen.names if name not in unavailable]
     shared = work / "share"
-    ssh_port = instances.free_port()
+    ssh_port = free_port()
     devices = Devices(
         qemu=str(find_qemu()),
         ports=((ssh_port, 22),),
@@ -150,18 +167,30 @@ def _measure_in(
         driver = stack.enter_context(_driver_in(instance, sizes))
         plan = Plan(chosen.rounds, chosen.workloads, peers.DATA, True, chosen.minutes * 60, chosen.patience)
         samples, late = _take(plan, found, driver)
+        freshness = _watch(chosen, found, shared, _watcher_in(instance))
         environment = {
             **program.host(find_qemu()),
             "accelerator": accelerator,
             "guest": f"{driver.environment['kernel']}, {driver.environment['cpus']} cpus, 2 GiB",
         }
-    return Outcome(found, {**unavailable, **missing}, environment, sizes, samples, late)
+    return Outcome(found, {**unavailable, **missing}, environment, sizes, samples, freshness, late)
+
+
+def _watcher_in(instance: Instance) -> Watcher:
+    command = ["python3", "-u", _bring(instance, "watcher.py")]
+    return Watcher(lambda: instance.spawn_in_guest(*command, log=instance.directory / "watcher.log"))
+
+
+def _bring(instance: Instance, name: str) -> str:
+    """A script of this folder into the guest; where it is there."""
+    script = Path(__file__).with_name(name).read_bytes()
+    instance.guest(f"mkdir -p /run/bench && cat >/run/bench/{name}", input=script)
+    return f"/run/bench/{name}"
 
 
 def _driver_in(instance: Instance, sizes: trees.Sizes) -> Driver:
-    script = Path(__file__).with_name("workloads.py").read_bytes()
-    instance.guest("mkdir -p /run/bench && cat >/run/bench/workloads.py", input=script)
-    command = ["env", "BENCH_SCRATCH=/run/bench", "python3", "-u", "/run/bench/workloads.py", sizes.to_json()]
+    script = _bring(instance, "workloads.py")
+    command = ["env", "BENCH_SCRATCH=/run/bench", "python3", "-u", script, sizes.to_json()]
     return Driver(lambda: instance.spawn_in_guest(*command, log=instance.directory / "driver.log"))
 
 
@@ -179,7 +208,8 @@ def on_host(chosen: argparse.Namespace, work: Path) -> Outcome:
             chosen.rounds, chosen.workloads, str(work / "copies"), drop=False, limit=chosen.minutes * 60
         )
         samples, late = _take(plan, found, driver)
-    return Outcome(found, unavailable, program.host(), sizes, samples, late)
+        freshness = _watch(chosen, found, work / "share", local.watcher(work))
+    return Outcome(found, unavailable, program.host(), sizes, samples, freshness, late)
 
 
 # --- both ------------------------------------------------------------------------------------------
@@ -191,6 +221,8 @@ def _sizes(chosen: argparse.Namespace, *, emulated: bool) -> trees.Sizes:
 
 
 def _take(plan: Plan, found: list[Peer], driver: Driver) -> tuple[list[Sample], bool]:
+    if not plan.workloads:
+        return [], False
     run = Run(plan, found, driver.ask, say)
     samples = []
     for sample in run.samples():
@@ -199,8 +231,34 @@ def _take(plan: Plan, found: list[Peer], driver: Driver) -> tuple[list[Sample], 
     return samples, run.out_of_time
 
 
+def _watch(chosen: argparse.Namespace, found: list[Peer], shared: Path, watcher: Watcher) -> list[Freshness]:
+    """Of the peers that have the host's files."""
+    if not chosen.edits:
+        return []
+    with watcher:
+        return list(_freshness(chosen, found, shared, watcher))
+
+
+def _freshness(
+    chosen: argparse.Namespace, found: list[Peer], shared: Path, watcher: Watcher
+) -> Iterator[Freshness]:
+    for peer in found:
+        if peer.name == "ext4":
+            continue
+        try:
+            peer.mount()
+        except PeerFailed as error:
+            yield Freshness(peer.name, 0, error=str(error))
+            continue
+        host, guest = shared / peer.name / "edited", f"{peer.own}/edited"
+        one = measure(peer.name, host, guest, watcher, chosen.edits, EDITING_LIMIT)
+        say(f"  {EDITS:16} {peer.name:9} {one.error or f'{one.p50:.4f} {one.p99:.4f}'}")
+        yield one
+
+
 def _report(chosen: argparse.Namespace, outcome: Outcome, started: float) -> Report:
-    bad = any(sample.error for sample in outcome.samples) or report.disagreements(outcome.samples)
+    bad = any(one.error for one in [*outcome.samples, *outcome.freshness])
+    bad |= bool(report.disagreements(outcome.samples))
     return report.complete(
         Report(
             command=["python", "-m", "tests.bench.files", *sys.argv[1:]],
@@ -215,6 +273,7 @@ def _report(chosen: argparse.Namespace, outcome: Outcome, started: float) -> Rep
             unavailable=outcome.unavailable,
             complete=not bad and not outcome.out_of_time,
             samples=outcome.samples,
+            freshness=outcome.freshness,
         )
     )
 

@@ -36,13 +36,45 @@ class Answer:
     error: str = ""
 
 
+class Lines:
+    """What is said to and heard from a process: JSON objects, one a line."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._buffer = b""
+
+    def say(self, value: dict[str, Any]) -> None:
+        """Raises ``BrokenPipeError``."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(value).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def hear(self, timeout: float) -> dict[str, Any]:
+        """Raises ``DriverLost`` if there is nothing within ``timeout`` seconds."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise DriverLost(f"no answer within {timeout:.0f} s")
+                data = os.read(self._process.stdout.fileno(), 65536)
+                if not data:
+                    raise DriverLost("the process beside the mounts ended")
+                self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise DriverLost(f"it said {line[:80]!r}")
+        return answer
+
+
 class Driver:
     """``start`` starts the process, its stdin and stdout pipes; it is called again when one was lost."""
 
     def __init__(self, start: Callable[[], subprocess.Popen[bytes]]) -> None:
         self._start = start
         self._process: subprocess.Popen[bytes] | None = None
-        self._buffer = b""
         self.environment: dict[str, Any] = {}
 
     def __enter__(self) -> Driver:
@@ -57,39 +89,19 @@ class Driver:
     def ask(self, request: Request, timeout: float) -> Answer:
         """One sample, an error if there is no answer within ``timeout`` seconds."""
         try:
-            process = self._ensure()
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(dataclasses.asdict(request)).encode() + b"\n")
-            process.stdin.flush()
-            return Answer(**self._read(process, timeout))
+            lines = self._ensure()
+            lines.say(dataclasses.asdict(request))
+            return Answer(**lines.hear(timeout))
         except (DriverLost, BrokenPipeError) as error:
             self._end()
             return Answer(error=str(error))
 
-    def _ensure(self) -> subprocess.Popen[bytes]:
+    def _ensure(self) -> Lines:
         if self._process is None:
-            self._buffer = b""
             self._process = self._start()
-            self.environment = self._read(self._process, START_TIMEOUT)
-        return self._process
-
-    def _read(self, process: subprocess.Popen[bytes], timeout: float) -> dict[str, Any]:
-        assert process.stdout is not None
-        deadline = time.monotonic() + timeout
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise DriverLost(f"no answer within {timeout:.0f} s")
-                data = os.read(process.stdout.fileno(), 65536)
-                if not data:
-                    raise DriverLost("the process that runs the workloads ended")
-                self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        answer = json.loads(line)
-        if not isinstance(answer, dict):
-            raise DriverLost(f"it said {line[:80]!r}")
-        return answer
+            self._lines = Lines(self._process)
+            self.environment = self._lines.hear(START_TIMEOUT)
+        return self._lines
 
     def _end(self) -> None:
         process, self._process = self._process, None

@@ -4,8 +4,8 @@ What is left out is what a VM adds (virtio-serial, ssh, emulation); what remains
 
 plain     the directory itself: the ceiling
 sshfs     ``sshfs -o passive`` and sftp-server, joined by a socketpair
-agentctl  the file server and the files agent as the host agent and the guest run them, with a relay between
-          their sockets where QEMU would be
+agentctl  the file server and the files agent as the host agent and the guest run them, with shared memory (if /proc
+          can be mounted); where QEMU would be they are joined by a socket
 
 The law: nobody else sees these mounts, and they and their processes end with the namespaces, of which this
 process is the first (pid 1). It never touches a mount itself: only the driver does, which can be given up.
@@ -29,13 +29,14 @@ from pathlib import Path
 from host_agent.fileserver.control import SharedFolder
 from tests.bench import processes
 from tests.bench.files.driver import Driver
+from tests.bench.files.freshness import Watcher
 from tests.bench.files.peers import find_sftp_server, joined
 from tests.bench.files.report import OURS
 from tests.bench.files.runner import Peer, PeerFailed
 from tests.bench.files.trees import Sizes
 from tests.files.harness import FileServer, TrioThread
+from tests.files.memory import memory
 from tests.files.namespace import Namespace
-from tests.files.port import Port
 from tests.files.service import FilesAgent
 
 PEERS = (OURS, "sshfs", "plain")
@@ -72,6 +73,8 @@ def enter_namespace() -> None:
     child = os.fork()
     if child == 0:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # Of this namespace's processes: memory is found by its holder's number. A container may forbid it.
+        subprocess.run(["mount", "-t", "proc", "proc", "/proc"], stderr=subprocess.DEVNULL, check=False)
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: os.kill(child, number))
@@ -152,17 +155,19 @@ class LocalAgentctl(LocalMount):
         self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentctl-bench-")))
         super().__init__(stack, work, name)
         loop = stack.enter_context(TrioThread())
-        host, guest = self._directory / "host.sock", self._directory / "guest.sock"
-        stack.enter_context(Port(host, guest))
-        self._server = FileServer(loop, self._directory, host, [])
+        self._port = self._directory / "files.sock"
+        ours = os.readlink("/proc/self") == str(os.getpid())
+        self._memory = stack.enter_context(memory(self._directory)) if ours else None
+        self._server = FileServer(loop, self._directory, self._port, [], self._memory)
         stack.callback(self._server.kill)
         point = str(self.point)
         self._server.start([SharedFolder(zlib.crc32(point.encode()), str(work / "share"), point)])
-        self._guest_socket = guest
 
     def _start(self, stack: contextlib.ExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory)))
-        agent = stack.enter_context(FilesAgent(Here(), directory, self._guest_socket, None))
+        agent = stack.enter_context(
+            FilesAgent(Here(), directory, self._port, None, self._memory, listening=True)
+        )
         stack.callback(agent.kill, signal.SIGTERM)
         try:
             agent.start(ready=MOUNT_TIMEOUT)
@@ -204,3 +209,14 @@ def driver(work: Path, sizes: Sizes) -> Driver:
             return processes.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     return Driver(start)
+
+
+def watcher(work: Path) -> Watcher:
+    """A watcher in this namespace."""
+    command = [sys.executable, "-u", str(Path(__file__).with_name("watcher.py"))]
+
+    def start() -> subprocess.Popen[bytes]:
+        with (work / "watcher.log").open("ab") as log:
+            return processes.spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+
+    return Watcher(start)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from tests.bench import records
 from tests.bench.tables import aligned, factor, significant
 
-FORMAT = 1
+FORMAT = 2
 
 #: The peer whose times are divided by the others'.
 OURS = "agentctl"
@@ -61,6 +61,20 @@ class Ratio:
 
 
 @dataclass(frozen=True, slots=True)
+class Freshness:
+    """How long ``edits`` on the host took until they were seen through ``peer``: seconds, give or take ``doubt``. If not all
+    were measured, ``error`` is a sentence."""
+
+    peer: str
+    edits: int
+    p50: float = 0.0
+    p99: float = 0.0
+    worst: float = 0.0
+    doubt: float = 0.0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A whole run. ``environment`` says what it ran on, ``sizes`` how much (``trees.Sizes``), ``procedure`` how,
     and ``unavailable`` why a peer is missing. ``complete``: nothing failed, and time did not run out."""
@@ -77,6 +91,7 @@ class Report:
     unavailable: dict[str, str]
     complete: bool
     samples: list[Sample]
+    freshness: list[Freshness] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     format: int = FORMAT
@@ -145,7 +160,20 @@ def table(report: Report) -> str:
         rows.append([workload, *times, *(factor(ratios.get((workload, peer))) for peer in others)])
     lines = aligned(rows)
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", *_footnotes(report)]) + "\n"
+    return "\n".join([*lines, "", *_arrivals(report), *_footnotes(report)]) + "\n"
+
+
+def _arrivals(report: Report) -> list[str]:
+    """When edits of the host were seen, in milliseconds."""
+    found = [one for one in report.freshness if not one.error]
+    if not found:
+        return []
+    rows = [["an edit is seen after, ms", "p50", "p99", "worst", "edits", "give or take"]]
+    for one in found:
+        times = (significant(seconds * 1000) for seconds in (one.p50, one.p99, one.worst))
+        rows.append([one.peer, *times, f"{one.edits:,}", significant(one.doubt * 1000)])
+    lines = aligned(rows)
+    return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
 
 
 def _seconds(cell: Cell | None, rounds: int) -> str:
@@ -166,6 +194,7 @@ def _footnotes(report: Report) -> list[str]:
     notes += [f"{peer} is missing: {reason}" for peer, reason in report.unavailable.items()]
     errors = dict.fromkeys(f"{s.workload} on {s.peer}: {s.error}" for s in report.samples if s.error)
     notes += [f"failed: {error}" for error in errors]
+    notes += [f"failed: edits on {one.peer}: {one.error}" for one in report.freshness if one.error]
     notes += [
         f"wrong: {s.workload} on {s.peer} counted {s.count}, unlike the others"
         for s in disagreements(report.samples)

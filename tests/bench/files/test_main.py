@@ -30,6 +30,14 @@ def test_peers_and_workloads_can_be_chosen() -> None:
     assert chosen.workloads == ("stat", "git status cold", "git status warm")
 
 
+def test_edits_are_measured_unless_something_else_is_named() -> None:
+    assert bench.parse([]).edits == 1000
+    assert bench.parse(["--only", "stat"]).edits == 0
+    chosen = bench.parse(["--only", "edits", "--edits", "7"])
+    assert chosen.workloads == ()
+    assert chosen.edits == 7
+
+
 def test_without_a_vm_there_are_other_peers() -> None:
     assert bench.parse(["--without-vm"]).names == list(local.PEERS)
 
@@ -41,6 +49,7 @@ def test_without_a_vm_there_are_other_peers() -> None:
         ["--without-vm", "--peers", "virtiofs"],
         ["--only", "nothing"],
         ["--rounds", "0"],
+        ["--only", "edits", "--edits", "0"],
         ["--full", "--small"],
     ],
 )
@@ -64,6 +73,7 @@ def test_a_run_on_the_plain_directory_ends_in_a_table_and_a_file(tmp_path: Path)
     """The whole program, with the one peer that needs no mount."""
     command = [sys.executable, "-m", "tests.bench.files", "--without-vm", "--peers", "plain", "--small"]
     command += ["--only", "find", "--only", "append", "--rounds", "2", "--work", str(tmp_path / "work")]
+    command += ["--only", "edits", "--edits", "30"]
     command += ["--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -73,6 +83,9 @@ def test_a_run_on_the_plain_directory_ends_in_a_table_and_a_file(tmp_path: Path)
     assert [(cell.workload, cell.samples) for cell in found.cells] == [
         ("find cold", 2), ("find warm", 2), ("append", 2),
     ]  # fmt: skip
+    [fresh] = found.freshness
+    assert (fresh.peer, fresh.edits, fresh.error) == ("plain", 30, "")
+    assert -fresh.doubt <= fresh.p50 <= fresh.p99 <= fresh.worst < 1
     assert json.loads(json.dumps(found.sizes))["many"] > 0
     assert not (tmp_path / "work" / "share").exists()
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.bench.files import report
-from tests.bench.files.report import OURS, Cell, Ratio, Report, Sample
+from tests.bench.files.report import OURS, Cell, Freshness, Ratio, Report, Sample
 
 
 def made(*samples: Sample, peers: list[str] | None = None) -> Report:
@@ -83,7 +83,7 @@ def test_whole_seconds_are_read_as_floats() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 1},
         {"samples": [{"round": 1}]},
         {"samples": [3]},
         {"seconds": "long"},
@@ -148,3 +148,16 @@ def test_the_table_tells_of_how_few_samples_a_median_is() -> None:
 
 def test_a_table_of_nothing_says_so() -> None:
     assert "nothing was timed" in report.table(made())
+
+
+def test_the_table_says_when_edits_were_seen() -> None:
+    fresh = [
+        Freshness(OURS, 1000, 0.004, 0.03, 0.05, 0.0005),
+        Freshness("sshfs", 2, error="not seen within 30 s"),
+    ]
+    found = dataclasses.replace(made(), freshness=fresh)
+    lines = report.table(found).splitlines()
+    [row] = [line for line in lines if line.startswith(OURS)]
+    assert row.split() == [OURS, "4.00", "30.0", "50.0", "1,000", "0.500"]
+    assert "failed: edits on sshfs: not seen within 30 s" in lines
+    assert report.load(report.dump(found)) == found

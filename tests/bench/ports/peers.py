@@ -29,12 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench import processes, ssh
-from tests.bench.instance import SOURCES, Instance, InstanceFailed, free_port
+from tests.bench.instance import SOURCES, Instance, InstanceFailed
 from tests.bench.ports import client
 from tests.bench.ports.client import MeasureFailed
 from tests.bench.ports.measurements import Peer
 from tests.bench.ports.report import OURS
 from tests.bench.ports.server import Server
+from tests.free_ports import free_port
 
 SSH = "ssh -L"
 HOSTFWD = "hostfwd"

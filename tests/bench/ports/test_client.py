@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench import processes
-from tests.bench.instance import free_port
 from tests.bench.ports import client
 from tests.bench.ports.client import MeasureFailed, Moved, percentile
+from tests.free_ports import free_port
 
 
 @pytest.fixture

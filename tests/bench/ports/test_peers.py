@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.bench import ssh
-from tests.bench.instance import free_port
 from tests.bench.machine import Devices, with_devices
 from tests.bench.ports import peers
 from tests.bench.ports.measurements import Peer
 from tests.bench.ports.peers import SSH, PeerFailed, Ports
+from tests.free_ports import free_port
 
 
 def test_qemu_is_told_of_the_two_ports_that_lead_into_the_guest() -> None:

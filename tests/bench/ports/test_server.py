@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench import processes
-from tests.bench.instance import free_port
 from tests.bench.ports import server
 from tests.bench.ports.server import Server
+from tests.free_ports import free_port
 
 ENDLESS = (1 << 60).to_bytes(8, "big")
 HAS_COMPILER = any(map(shutil.which, server.COMPILERS))

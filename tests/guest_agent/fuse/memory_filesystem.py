@@ -1,10 +1,11 @@
 """A file system in memory, served by the code under test. A script; it takes orders on stdin, one a line.
 
-    python memory_filesystem.py serve [--hold] SHARE:PATH[:ro][:locks]...
+    python memory_filesystem.py serve [--hold] [--promise] SHARE:PATH[:ro][:locks]...
     python memory_filesystem.py adopt
 
-Every share shows the same tree. With --hold, what concerns names that begin with ``held`` is answered only
-after the order ``release``. Each answer to an order, and each event, is a line of JSON.
+Every share shows the same tree. With --hold, what concerns names that begin with ``held`` or ``looked.at`` is
+answered only after the order ``release``. With --promise the kernel may keep all that it is told. Each answer to
+an order, and each event, is a line of JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from guest_agent.fuse.abi import Negotiated, Opcode, Request
 from guest_agent.fuse.device import Connection
 from guest_agent.fuse.mounting import MountSpec
 from guest_agent.fuse.notifier import Notifier, Notifiers
-from protocol.files import ATTR, DIRENT, SET_MODE, SET_SIZE
+from guest_agent.fuse.promises import Promises
+from protocol.files import ATTR, ATTRIBUTES, DIRENT, ENTRY, NAME, SET_MODE, SET_SIZE, Changed
 
 HELLO, HELD, BIG, BROKEN, NEVER = 2, 3, 4, 5, 6
 BIG_SIZE = 3 << 20
@@ -61,8 +63,9 @@ def say(**event: object) -> None:
 class MemoryFilesystem:
     """One share."""
 
-    def __init__(self, connection: Connection, hold: bool) -> None:
+    def __init__(self, connection: Connection, hold: bool, valid: int) -> None:
         self.connection = connection
+        self.valid = valid
         self.nodes = tree()
         self.counts: Counter[str] = Counter()
         self.largest: Counter[str] = Counter()
@@ -74,11 +77,12 @@ class MemoryFilesystem:
             Opcode.GETATTR: self._getattr,
             Opcode.SETATTR: self._setattr,
             Opcode.OPENDIR: lambda request: self.connection.reply(request.unique, bodies.open_out(7)),
-            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdirplus,
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
             Opcode.CREATE: self._create,
             Opcode.MKDIR: self._mkdir,
+            Opcode.RENAME2: self._rename,
             Opcode.UNLINK: self._unlink,
             Opcode.RMDIR: self._unlink,
             Opcode.FSYNC: lambda request: self.connection.reply(request.unique),
@@ -121,16 +125,21 @@ class MemoryFilesystem:
         )
 
     def _entry(self, request: Request, number: int) -> None:
-        self.connection.reply(request.unique, bodies.entry_out(number, self.attr(number)))
+        self.connection.reply(request.unique, bodies.entry_out(number, self.attr(number), self.valid))
 
     def _lookup(self, request: Request) -> None:
-        number = self.nodes[request.nodeid].children.get(bodies.parse_name(request.body))
-        if number is None:
-            return self.connection.fail(request.unique, errno.ENOENT)
-        return self._entry(request, number)
+        name = bodies.parse_name(request.body)
+        number = self.nodes[request.nodeid].children.get(name)
+        if number is not None:
+            return self._entry(request, number)
+        if name.startswith(b"looked.at"):
+            return self._maybe_held(partial(self.connection.fail, request.unique, errno.ENOENT), "LOOKUP")
+        if self.valid & NAME:
+            return self.connection.reply(request.unique, bodies.ABSENT)
+        return self.connection.fail(request.unique, errno.ENOENT)
 
     def _getattr(self, request: Request) -> None:
-        self.connection.reply(request.unique, bodies.attr_out(self.attr(request.nodeid)))
+        self.connection.reply(request.unique, bodies.attr_out(self.attr(request.nodeid), self.valid))
 
     def _setattr(self, request: Request) -> None:
         valid, _, size, _, _, _, _, mode, _, _ = bodies.parse_setattr(request.body)
@@ -142,12 +151,14 @@ class MemoryFilesystem:
             node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(mode)
         self._getattr(request)
 
-    def _readdir(self, request: Request) -> None:
+    def _readdirplus(self, request: Request) -> None:
+        """Names only: of no node anything is said."""
         _, offset, size, _, _, _ = bodies.parse_read(request.body)
         out = b""
         names = sorted(self.nodes[request.nodeid].children.items())
         for place, (name, number) in enumerate(names[offset:], offset + 1):
-            record = DIRENT.pack(number, place, len(name), self.nodes[number].mode >> 12) + name
+            record = bytes(ENTRY.size + ATTR.size)
+            record += DIRENT.pack(number, place, len(name), self.nodes[number].mode >> 12) + name
             record += bytes(-len(record) % 8)
             if len(out) + len(record) > size:
                 break
@@ -193,19 +204,40 @@ class MemoryFilesystem:
             return self._maybe_held(answer, "MKDIR")
         return answer()
 
+    def _rename(self, request: Request) -> None:
+        parent, _flags, name, new_name = bodies.parse_rename2(request.body)
+        self.nodes[parent].children[new_name] = self.nodes[request.nodeid].children.pop(name)
+        self.connection.reply(request.unique)
+
     def _unlink(self, request: Request) -> None:
         if self.nodes[request.nodeid].children.pop(bodies.parse_name(request.body), None) is None:
             return self.connection.fail(request.unique, errno.ENOENT)
         return self.connection.reply(request.unique)
 
 
+class Announced:
+    """A notifier that says when something has been written."""
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+
+    def sequence(self, notifications: bytes, then: Callable[[], None]) -> None:
+        def written() -> None:
+            then()
+            say(written=len(notifications))
+
+        self._notifier.sequence(notifications, written)
+
+
 class Server:
     """All shares of the process, and the orders it takes."""
 
-    def __init__(self, nursery: trio.Nursery, notifiers: Notifiers, hold: bool) -> None:
+    def __init__(self, nursery: trio.Nursery, notifiers: Notifiers, hold: bool, valid: int) -> None:
         self._nursery = nursery
         self._notifiers = notifiers
         self._hold = hold
+        self._valid = valid
+        self._promises: dict[int, Promises] = {}
         self._shares: dict[int, tuple[MemoryFilesystem, Notifier]] = {}
 
     async def mount(self, spec: MountSpec) -> None:
@@ -229,7 +261,9 @@ class Server:
 
     def _begin(self, connection: Connection) -> None:
         share = connection.spec.share
-        self._shares[share] = MemoryFilesystem(connection, self._hold), self._notifiers.attach(connection)
+        notifier = self._notifiers.attach(connection)
+        self._promises[share] = Promises(Announced(notifier))
+        self._shares[share] = MemoryFilesystem(connection, self._hold, self._valid), notifier
         self._nursery.start_soon(self._serve, share)
 
     async def _serve(self, share: int) -> None:
@@ -288,6 +322,22 @@ class Server:
     async def do_invalidate(self, share: str, node: str) -> None:
         self._shares[int(share)][1].invalidate_data(int(node), lambda: say(invalidated=int(node)))
 
+    async def do_add(self, share: str, parent: str, name: str) -> None:
+        """As somebody on the host."""
+        number = self._shares[int(share)][0]._add(int(parent), name.encode(), stat.S_IFREG | 0o644)
+        say(added=number)
+
+    async def do_take_back(self, share: str, changed: str) -> None:
+        self._promises[int(share)].take_back(eval(changed, {"Changed": Changed}))
+
+    async def do_renamed(self, share: str, parent: str, name: str, new_name: str) -> None:
+        old, new = (int(parent), name.encode()), (int(parent), new_name.encode())
+        self._promises[int(share)].renamed(old, new, 0, expire=True)
+
+    async def do_purge(self, share: str) -> None:
+        await trio.to_thread.run_sync(mounting.purge, self._shares[int(share)][0].connection.spec.path)
+        say(purged=True)
+
     async def do_release(self, share: str) -> None:
         filesystem = self._shares[int(share)][0]
         # A READ whose page was dropped before its caller saw it is sent again by the kernel.
@@ -307,7 +357,8 @@ async def main(arguments: list[str]) -> None:
     async with trio.open_nursery() as nursery:
         notifiers = Notifiers()
         await nursery.start(notifiers.run)
-        server = Server(nursery, notifiers, hold="--hold" in arguments)
+        valid = NAME | ATTRIBUTES if "--promise" in arguments else 0
+        server = Server(nursery, notifiers, "--hold" in arguments, valid)
         if arguments[0] == "adopt":
             for stored in fdstore.take():
                 server.adopt(stored)

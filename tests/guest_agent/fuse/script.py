@@ -84,6 +84,7 @@ class ScriptedNotifier:
     def __init__(self, kernel: ScriptedKernel) -> None:
         self._log = kernel.log
         self.waiting: list[tuple[int, Callable[[], None]]] = []
+        self.sequences: list[tuple[bytes, Callable[[], None]]] = []
         self.full = False
 
     def invalidate_data(self, node: int, then: Callable[[], None]) -> None:
@@ -93,6 +94,9 @@ class ScriptedNotifier:
 
     def invalidate_entry(self, parent: int, name: bytes, then: Callable[[], None]) -> None:
         raise NotifierFull("names are nobody's concern here")
+
+    def sequence(self, notifications: bytes, then: Callable[[], None]) -> None:
+        self.sequences.append((notifications, then))
 
     def finish(self) -> None:
         node, then = self.waiting.pop(0)
@@ -116,7 +120,9 @@ class ScriptedTimers:
 class Script:
     """One share's file system between its players. ``link`` is None while the host is away."""
 
-    def __init__(self, *, salt: int = 0, host_locks: bool = False, connected: bool = True) -> None:
+    def __init__(
+        self, *, salt: int = 0, host_locks: bool = False, connected: bool = True, inherited: bool = False
+    ) -> None:
         self.kernel = ScriptedKernel()
         self.notifier = ScriptedNotifier(self.kernel)
         self.timers = ScriptedTimers()
@@ -136,6 +142,7 @@ class Script:
             salt=salt,
             host_locks=host_locks,
             volumes=self.volumes,
+            inherited=inherited,
         )
         self._filesystem = Filesystem(self.kernel, self.volume)
         self._unique = 0

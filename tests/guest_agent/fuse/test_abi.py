@@ -106,7 +106,7 @@ def test_another_protocol_is_refused_with_both_versions(major: int, minor: int) 
 def test_what_would_break_coherence_is_never_wanted() -> None:
     harmful = (
         Init.WRITEBACK_CACHE | Init.AUTO_INVAL_DATA | Init.EXPLICIT_INVAL_DATA | Init.ATOMIC_O_TRUNC
-        | Init.DO_READDIRPLUS | Init.POSIX_ACL | Init.DONT_MASK | Init.NO_OPENDIR_SUPPORT | Init.SETXATTR_EXT
+        | Init.READDIRPLUS_AUTO | Init.POSIX_ACL | Init.DONT_MASK | Init.SETXATTR_EXT
         | Init.SECURITY_CTX | Init.CREATE_SUPP_GROUP
     )  # fmt: skip
     assert (abi.WANTED | abi.WANTED_FOR_LOCKS) & harmful == 0

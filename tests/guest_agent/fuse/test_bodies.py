@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest_agent.fuse import bodies
+from protocol.files import ATTRIBUTES, FOREVER
+from protocol.files import NAME as NAME_BIT
 from tests.guest_agent.fuse.kernel_header import header_structs, needs_header
 
 U64 = st.integers(0, 2**64 - 1)
@@ -153,13 +155,32 @@ def test_an_interrupt_names_a_request_as_the_handler_knows_it(unique: int) -> No
 def test_an_entry_without_a_promise_may_not_be_kept() -> None:
     attr = bytes(range(88))
     assert bodies.entry_out(9, attr) == struct.pack("<QQQQII", 9, 0, 0, 0, 0, 0) + attr
-    assert (
-        bodies.entry_out(9, attr, 1_500_000_000, 2)
-        == struct.pack("<QQQQII", 9, 0, 1, 0, 500_000_000, 2) + attr
-    )
     assert bodies.attr_out(attr) == bytes(16) + attr
-    assert bodies.attr_out(attr, 3_000_000_001) == struct.pack("<QII", 3, 1, 0) + attr
     assert bodies.create_out(9, attr, 5, 2) == bodies.entry_out(9, attr) + struct.pack("<QII", 5, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("valid", "name", "attributes", "ns"),
+    [
+        (0, 0, 0, 0),
+        (NAME_BIT, FOREVER, 0, 0),
+        (ATTRIBUTES, 0, FOREVER, 0),
+        (NAME_BIT | ATTRIBUTES, FOREVER, FOREVER, 0),
+        (bodies.TICK, 0, 0, 1),
+        (NAME_BIT | bodies.TICK, FOREVER, 0, 1),
+        (ATTRIBUTES | bodies.TICK, 0, FOREVER, 0),
+    ],
+)
+def test_what_is_promised_is_kept_for_ever(valid: int, name: int, attributes: int, ns: int) -> None:
+    attr = bytes(range(88))
+    entry = struct.pack("<QQQQII", 9, 0, name, attributes, 0, ns) + attr
+    assert bodies.entry_out(9, attr, valid) == entry
+    assert bodies.attr_out(attr, valid) == struct.pack("<QII", attributes, ns, 0) + attr
+    assert bodies.create_out(9, attr, 5, 2, valid) == entry + struct.pack("<QII", 5, 2, 0)
+
+
+def test_that_there_is_no_such_name_is_kept_for_ever() -> None:
+    assert struct.pack("<QQQQII", 0, 0, FOREVER, 0, 0, 0) + bytes(88) == bodies.ABSENT
 
 
 def test_statfs_has_the_fields_in_the_kernels_order() -> None:

@@ -15,7 +15,7 @@ from guest_agent.fuse.operation import start
 from protocol import codec
 from protocol.api import Done
 from protocol.bulk import MAX_RUN, SLOT, Bulk, Run
-from protocol.files import Flushed, List, Listing, Read, Write, Written
+from protocol.files import List, Listing, Read, ReadLink, Write, Written
 from protocol.messages import Result
 from tests.guest_agent.fuse.script import ATTRIBUTES, Asked, Script, failed, pack, replied
 
@@ -262,7 +262,7 @@ def test_what_another_call_was_answered_is_copied_out() -> None:
 
 def test_an_answer_that_nobody_waits_for_keeps_no_memory() -> None:
     script = Shared()
-    script.host.tell(Flushed(7, 0, 5))
+    script.host.tell(ReadLink(7, 0, 5))
     script.answer(script.take(), b"r" * SLOT)
     assert script.nothing_is_kept
 

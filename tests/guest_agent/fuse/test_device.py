@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ import trio.testing
 
 from guest_agent.fdstore import StoredConnection
 from guest_agent.fuse.abi import Init, Negotiated, Opcode, Request
-from guest_agent.fuse.device import Connection, Handle
+from guest_agent.fuse.device import BATCH, LOOK_AGAIN, Connection, Handle
+from guest_agent.fuse.landing import Landing
 from guest_agent.fuse.mounting import MountSpec
 
 if TYPE_CHECKING:
@@ -52,6 +54,66 @@ async def serve_one(connection: Connection, kernel: socket.socket, message: byte
             await trio.lowlevel.wait_readable(kernel)
         nursery.cancel_scope.cancel()
     return kernel.recv(1000)
+
+
+class Looks(Landing):
+    """Counts how often somebody looks for a request, and how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = self.found = 0
+
+    def read(self, descriptor: int) -> Request:
+        self.looks += 1
+        request = super().read(descriptor)
+        self.found += 1
+        return request
+
+
+async def test_who_asks_one_thing_after_another_costs_hardly_a_vain_look() -> None:
+    looks, asked = Looks(), 10 * LOOK_AGAIN
+    with connected() as (connection, kernel):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve, lambda request: connection.reply(request.unique), looks)
+            with trio.fail_after(5):
+                for unique in range(asked):
+                    kernel.send(request(Opcode.GETATTR, unique))
+                    await trio.lowlevel.wait_readable(kernel)
+                    assert struct.unpack("<IiQ", kernel.recv(100)) == (16, 0, unique)
+            nursery.cancel_scope.cancel()
+    assert looks.found == asked
+    assert looks.looks - looks.found <= asked / LOOK_AGAIN + 1
+
+
+class Waiting(Landing):
+    """Requests that wait to be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uniques: deque[int] = deque()
+
+    def read(self, descriptor: int) -> Request:
+        if not self.uniques:
+            raise BlockingIOError
+        return Request(Opcode.GETATTR, self.uniques.popleft(), 1, 0, 0, 0, memoryview(b""))
+
+
+def test_many_requests_are_soon_answered_in_a_row() -> None:
+    waiting, answered, batches = Waiting(), list[int](), 0
+    with connected() as (connection, _):
+
+        def take_batch() -> None:
+            assert connection._take_batch(waiting, lambda request: answered.append(request.unique))
+
+        for unique in range(LOOK_AGAIN // 2):  # one at a time, so that nobody looks for a second one
+            waiting.uniques.append(unique)
+            take_batch()
+        waiting.uniques.extend(range(LOOK_AGAIN // 2, 4 * BATCH))
+        while waiting.uniques:
+            take_batch()
+            batches += 1
+    assert answered == list(range(4 * BATCH))
+    assert batches <= LOOK_AGAIN + 4
 
 
 def test_a_reply_is_a_header_and_its_parts() -> None:
@@ -155,9 +217,19 @@ def test_init_takes_what_is_wanted_and_the_kernel_has(place: Place) -> None:
     server = place.serve(f"1:{place.path}/m", f"2:{place.path}/n:locks")
     minor, flags = server.ask("state 1", "counts")["negotiated"]
     assert minor >= 31
-    assert Init.PARALLEL_DIROPS in Init(flags)
-    assert Init.POSIX_LOCKS not in Init(flags)
-    assert Init.WRITEBACK_CACHE not in Init(flags)
+    for wanted in (
+        *(Init.PARALLEL_DIROPS, Init.DO_READDIRPLUS, Init.CACHE_SYMLINKS, Init.MAX_PAGES),
+        *(Init.NO_OPEN_SUPPORT, Init.NO_OPENDIR_SUPPORT, Init.HANDLE_KILLPRIV_V2),
+    ):
+        assert wanted in Init(flags)
+    for harmful in (
+        Init.WRITEBACK_CACHE,  # ignores a size that has changed on the host
+        Init.AUTO_INVAL_DATA,  # each write of the guest's own drops what it has
+        Init.EXPLICIT_INVAL_DATA,  # a file that shrank on the host keeps its pages
+        Init.ATOMIC_O_TRUNC,  # without OPEN the truncation is lost
+        *(Init.POSIX_LOCKS, Init.FLOCK_LOCKS),  # a message for each lock
+    ):
+        assert harmful not in Init(flags)
     _, flags = server.ask("state 2", "counts")["negotiated"]
     assert Init.POSIX_LOCKS | Init.FLOCK_LOCKS in Init(flags)
 

@@ -277,41 +277,11 @@ def test_a_host_that_talks_nonsense_costs_the_caller_eio(caplog: pytest.LogCaptu
     assert "operation.failed" in caplog.text
 
 
-# --- what was written is known to be open on the host ------------------------------------------------------
-
-FLUSH = pack("QIIQ", 0, 0, 0, 99)
-
-
-def test_a_close_after_a_write_is_told_once_and_not_waited_for() -> None:
+def test_a_close_is_not_needed_where_no_locks_are_the_hosts() -> None:
     script = Script()
-    script.request(Opcode.WRITE, write_body(b"x"))
-    script.take().answer(Written(1, 0, ATTRIBUTES))
-    script.answers.clear()
-    first, second = script.request(Opcode.FLUSH, FLUSH), script.request(Opcode.FLUSH, FLUSH)
-    assert script.link.calls == [files.Flushed(7, 0, 5)]
-    assert script.answers[-2:] == [*replied(first), *replied(second)]
-
-
-def test_a_close_of_what_was_only_read_tells_nobody() -> None:
-    script = Script()
-    unique = script.request(Opcode.FLUSH, FLUSH)
+    unique = script.request(Opcode.FLUSH, pack("QIIQ", 0, 0, 0, 99))
     assert script.link.calls == []
-    assert script.answers == replied(unique)
-
-
-def test_a_created_file_is_open_on_the_host() -> None:
-    script = Script()
-    script.request(Opcode.CREATE, pack("IIII", 2, 0o100644, 0, 0) + b"f\0")
-    script.take().answer(ENTRY)
-    script.request(Opcode.FLUSH, FLUSH, node=9)
-    assert script.link.calls == [files.Flushed(7, 0, 9)]
-
-
-def test_a_forgotten_node_is_no_longer_open() -> None:
-    script = Script()
-    script.request(Opcode.WRITE, write_body(b"x"))
-    script.request(Opcode.FORGET, pack("Q", 1))
-    assert script.volume.written == set()
+    assert script.answers == failed(unique, "ENOSYS")
 
 
 # --- forgetting ---------------------------------------------------------------------------------------------

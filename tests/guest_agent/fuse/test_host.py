@@ -15,7 +15,6 @@ from protocol.errors import LocalProtocolError
 from protocol.files import (
     Attributes,
     Entry,
-    Flushed,
     Forget,
     GetAttributes,
     Lookup,
@@ -71,6 +70,19 @@ def test_what_was_not_answered_is_asked_again_as_it_was() -> None:
     assert asked.payload == b"data"
     asked.answer(Written(4, 0, ATTRIBUTES))
     assert script.answers == replied(second, pack("II", 4, 0))
+
+
+def test_of_which_shares_something_waits() -> None:
+    host, link = Host(), ScriptedLink()
+    host.attach(link)
+    Caller(host, Lookup(1, 2, 1, b"a"))
+    host.detach(link)
+    Caller(host, Forget(2, 4, 0, [3], [1]), lasting=True)
+    assert host.shares == {1, 2}
+    host.attach(link)
+    for asked in link.asked:
+        asked.answer()
+    assert host.shares == set()
 
 
 def test_a_link_that_is_over_before_anybody_said_so_loses_nothing() -> None:
@@ -185,19 +197,6 @@ async def test_what_must_reach_the_host_does_so_though_nobody_waits_any_more(
     link.take().answer()
     link.take().answer()
     assert waiting.outcomes == [errno.EIO]
-
-
-async def test_what_need_not_reach_the_host_does_not_pile_up_for_it(
-    autojump_clock: MockClock, nursery: trio.Nursery
-) -> None:
-    host = Host()
-    nursery.start_soon(host.keep_patience)
-    host.tell(Flushed(1, 0, 5), lasting=False)
-    await trio.sleep(PATIENCE + 1)
-    host.tell(Flushed(1, 0, 6), lasting=False)
-    link = ScriptedLink()
-    host.attach(link)
-    assert link.calls == []
 
 
 # --- signals -------------------------------------------------------------------------------------------------

@@ -1,205 +1,879 @@
-"""Directory streams: slices of pieces, cut between records, resumable from any offset."""
+"""Directory streams and lookups, from memory or from the host: shared by all readers, resumable from any offset."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest_agent.fuse import listing
+from guest_agent.fuse import bodies, directories, listing
 from guest_agent.fuse.abi import Opcode
-from protocol.files import DIRENT, List, Listing
-from tests.guest_agent.fuse.script import Asked, Script, failed, pack
+from protocol.files import ATTRIBUTES as PROMISED_ATTRIBUTES
+from protocol.files import NAME, Attributes, Changed, Entry, FileCall, Forget, ListEntries, Listing, Lookup
+from tests.guest_agent.fuse.entries import DIRECTORY, Name, Shown, numbered, piece_of, placed, shown
+from tests.guest_agent.fuse.script import ATTRIBUTES, Asked, Script, failed, pack, replied
 
-Record = tuple[int, bytes]
-
-
-def dirent(off: int, name: bytes) -> bytes:
-    record = DIRENT.pack(off ^ 0xABC, off, len(name), 8) + name
-    return record + bytes(-len(record) % 8)
-
-
-def records(blob: bytes) -> list[Record]:
-    """Offsets and names of whole records."""
-    found, position = [], 0
-    while position < len(blob):
-        _, off, length, _ = DIRENT.unpack_from(blob, position)
-        found.append((off, blob[position + 24 : position + 24 + length]))
-        position += 24 + length + 7 & ~7
-    assert position == len(blob)
-    return found
-
-
-DOTS = [(1, b"."), (2, b"..")]
+D = 5
+DOTS = [Shown(b".", 1, 0), Shown(b"..", 2, 0)]
+NAMES = numbered(500)
+ALL = [Shown(name.name, off, name.node) for off, name in placed(NAMES)]
 
 
 class Directory:
-    """The host's side: answers each ``List`` with a piece of at most ``piece`` names."""
+    """The host's side: answers each ``ListEntries`` with a piece of at most ``piece`` names."""
 
-    def __init__(self, names: list[Record], piece: int) -> None:
-        self.names = sorted(names)
+    def __init__(self, names: Sequence[Name], piece: int = 100, promise: int = NAME) -> None:
+        self.names = placed(names)
         self.piece = piece
-        self.asked: list[List] = []
+        self.promise = promise
+        self.asked: list[ListEntries] = []
 
     def answer(self, asked: Asked) -> None:
-        assert isinstance(asked.call, List)
+        assert isinstance(asked.call, ListEntries)
         self.asked.append(asked.call)
-        after = asked.call.after
-        rest = [name for name in self.names if name[0] > after]
-        blob = b"".join(dirent(*name) for name in rest[: self.piece])
-        asked.answer(Listing(len(blob), len(rest) <= self.piece), blob)
+        asked.answer(*piece_of(self.names, asked.call.after, self.piece, self.promise))
+
+
+def unpromised(names: Sequence[Name], piece: int = 100) -> Directory:
+    return Directory([Name(name.name) for name in names], piece, promise=0)
+
+
+def ask(script: Script, off: int, size: int = 4096, node: int = D) -> int:
+    return script.request(Opcode.READDIRPLUS, pack("QQIIQII", 0, off, size, 0, 0, 0, 0), node=node)
+
+
+def look_up(script: Script, name: bytes, node: int = D) -> int:
+    return script.request(Opcode.LOOKUP, name + b"\0", node=node)
+
+
+def calls(script: Script, kind: type[FileCall[Any]]) -> list[Asked]:
+    """What was asked of the host and not answered, of a kind."""
+    return [asked for asked in script.link.asked if type(asked.call) is kind]
 
 
 class Reader:
     """One open directory of the guest's kernel."""
 
-    def __init__(self, script: Script, directory: Directory, handle: int | None = None) -> None:
+    def __init__(self, script: Script, directory: Directory, node: int = D) -> None:
         self.script = script
         self.directory = directory
-        if handle is None:
-            script.request(Opcode.OPENDIR, pack("II", 0, 0))
-            handle = int.from_bytes(script.answers[0][2][:8], "little")
-        self.handle = handle
+        self.node = node
 
-    def read(self, off: int, size: int = 4096) -> list[Record]:
-        self.script.request(Opcode.READDIR, pack("QQIIQII", self.handle, off, size, 0, 0, 0, 0))
+    def read(self, off: int, size: int = 4096) -> list[Shown]:
+        ask(self.script, off, size, self.node)
         while self.script.link.asked:
             self.directory.answer(self.script.take())
-        ((kind, _, reply),) = self.script.answers
+        while self.script.notifier.waiting:
+            self.script.notifier.finish()
+        kind, _, reply = self.script.answers[-1]
         assert kind == "reply"
         assert len(reply) <= size
-        return records(reply)
+        return shown(reply)
 
-    def read_all(self, off: int = 0, size: int = 4096) -> list[Record]:
-        found: list[Record] = []
+    def read_all(self, off: int = 0, size: int = 4096) -> list[Shown]:
+        found: list[Shown] = []
         while page := self.read(off, size):
             found += page
-            off = page[-1][0]
+            off = page[-1].off
         return found
 
-    def close(self) -> None:
-        self.script.request(Opcode.RELEASEDIR, pack("QIIQ", self.handle, 0, 0, 0))
+
+def names_of(records: Sequence[Shown]) -> list[bytes]:
+    return [record.name for record in records]
 
 
-NAMES = [(number * 1000 + 17, b"name-%d" % number) for number in range(500)]
+def test_a_directory_is_opened_without_a_message() -> None:
+    script = Script()
+    unique = script.request(Opcode.OPENDIR, pack("II", 0, 0))
+    assert script.answers == failed(unique, "ENOSYS")
+    assert not script.link.asked
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100, 500, 1000])
-def test_all_names_come_once_and_in_order(piece: int) -> None:
-    directory = Directory(NAMES, piece)
-    assert Reader(Script(), directory).read_all() == DOTS + NAMES
+@pytest.mark.parametrize("promise", [0, NAME])
+def test_all_names_come_once_and_in_order(piece: int, promise: int) -> None:
+    directory = Directory(NAMES, piece) if promise else unpromised(NAMES, piece)
+    found = Reader(Script(), directory).read_all()
+    assert names_of(found) == names_of(DOTS + ALL)
+    assert [record.node for record in found[2:]] == [record.node * promise for record in ALL]
     # Each name crossed the link once: no piece was asked for again.
     assert len(directory.asked) == -(-len(NAMES) // piece)
 
 
 def test_an_empty_directory_has_its_two_names() -> None:
-    directory = Directory([], 10)
+    directory = Directory([])
     assert Reader(Script(), directory).read_all() == DOTS
     assert len(directory.asked) == 1
 
 
 @given(
-    names=st.dictionaries(st.integers(3, 2**62), st.binary(min_size=1, max_size=255), max_size=60),
+    names=st.sets(st.binary(min_size=1, max_size=255), max_size=60),
     piece=st.integers(1, 20),
-    size=st.integers(360, 5000),
+    size=st.integers(732, 5000),
 )
-def test_pages_of_any_size_from_pieces_of_any_size(names: dict[int, bytes], piece: int, size: int) -> None:
-    directory = Directory(list(names.items()), piece)
-    assert Reader(Script(), directory).read_all(size=size) == DOTS + sorted(names.items())
+def test_pages_of_any_size_from_pieces_of_any_size(names: set[bytes], piece: int, size: int) -> None:
+    directory = Directory([Name(name, 100 + number) for number, name in enumerate(names)], piece)
+    found = Reader(Script(), directory).read_all(size=size)
+    assert [(one.name, one.node) for one in found[2:]] == [
+        (name.name, name.node) for _, name in directory.names
+    ]
 
 
-def test_a_stream_that_is_rewound_is_listed_afresh() -> None:
-    directory = Directory(list(NAMES), 100)
+@given(
+    names=st.sets(st.binary(min_size=1, max_size=40), max_size=40),
+    piece=st.integers(1, 20),
+    turns=st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=80),
+    promised=st.booleans(),
+)
+def test_readers_in_any_order_each_see_all_names(
+    names: set[bytes], piece: int, turns: list[tuple[int, bool]], promised: bool
+) -> None:
+    """Each reads a page when it is its turn, or begins anew."""
+    all_ = [Name(name, 100 + number) for number, name in enumerate(names)]
+    directory = Directory(all_, piece) if promised else unpromised(all_, piece)
+    reader = Reader(Script(), directory)
+    expected = [b".", b"..", *(name.name for _, name in directory.names)]
+    seen: list[list[Shown]] = [[], [], []]
+    given: list[int] = []
+    for who, rewind in turns:
+        if rewind:
+            seen[who] = []
+        page = reader.read(seen[who][-1].off if seen[who] else 0, 600)
+        assert names_of(page) == expected[len(seen[who]) :][: len(page)]
+        assert page or names_of(seen[who]) == expected
+        seen[who] += page
+        given += [record.node for record in page if record.node]
+    if promised:
+        assert len(given) == len(set(given))
+
+
+def test_readers_who_are_apart_do_not_ask_for_each_others_pieces() -> None:
+    directory = unpromised(NAMES)
+    reader = Reader(Script(), directory)
+    positions = [0, 0, 0]
+    for _ in range(20):
+        for who in range(3):
+            page = reader.read(positions[who], 1000)
+            assert page == [Shown(one.name, one.off, 0) for one in ALL if one.off > positions[who]][
+                : len(page)
+            ] or (page[:2] == DOTS)
+            positions[who] = page[-1].off
+    assert [call.after for call in directory.asked].count(0) == 3  # whoever begins lists afresh
+    assert len(directory.asked) <= 3 + 5
+
+
+def test_what_is_promised_is_read_again_without_asking() -> None:
+    directory = Directory(NAMES)
     reader = Reader(Script(), directory)
     reader.read_all()
-    directory.names.insert(0, (5, b"new"))
-    assert reader.read(0)[:3] == [*DOTS, (5, b"new")]
+    again = reader.read_all()
+    assert names_of(again) == names_of(DOTS + ALL)
+    assert {record.node for record in again} == {0}
+    assert len(directory.asked) == 5
+
+
+def test_what_is_not_promised_is_listed_afresh_by_whoever_begins() -> None:
+    directory = unpromised(NAMES[1:])
+    reader = Reader(Script(), directory)
+    reader.read_all()
+    directory.names = placed(NAMES)
+    assert NAMES[0].name in names_of(reader.read_all())
+    reader.read(0)
+    directory.names = placed(NAMES[1:])
+    assert NAMES[0].name not in names_of(reader.read_all())
 
 
 @pytest.mark.parametrize("position", [0, 1, 250, 498])
 def test_it_goes_on_after_any_offset(position: int) -> None:
-    reader = Reader(Script(), Directory(NAMES, 100))
+    reader = Reader(Script(), Directory(NAMES))
     reader.read(0)
-    assert reader.read_all(NAMES[position][0]) == NAMES[position + 1 :]
+    assert names_of(reader.read_all(ALL[position].off)) == names_of(ALL[position + 1 :])
 
 
 def test_the_two_names_can_be_gone_on_after_too() -> None:
-    reader = Reader(Script(), Directory(NAMES, 100))
-    reader.read(0)
-    assert reader.read(1)[:2] == [DOTS[1], NAMES[0]]
-    assert reader.read(2)[:1] == [NAMES[0]]
+    reader = Reader(Script(), Directory(NAMES))
+    assert reader.read(1)[:2] == [DOTS[1], ALL[0]]
+    assert names_of(reader.read(2)[:1]) == [ALL[0].name]
 
 
 def test_a_stream_from_before_a_restart_goes_on() -> None:
-    directory = Directory(NAMES, 100)
-    old = Reader(Script(), directory)
-    page = old.read(0)
-    new = Reader(Script(), directory, handle=old.handle)
-    assert page + new.read_all(page[-1][0]) == DOTS + NAMES
-    assert {call.handle for call in directory.asked} == {old.handle}
-
-
-def test_handles_are_not_those_of_a_predecessor() -> None:
-    handles = {Reader(Script(), Directory([], 1)).handle for _ in range(3)}
-    assert len(handles) == 3
-    assert all(handle < 1 << 63 for handle in handles)
+    directory = Directory(NAMES)
+    page = Reader(Script(), directory).read(0)
+    assert page + Reader(Script(), directory).read_all(page[-1].off) == DOTS + ALL
 
 
 def test_a_name_that_has_gone_is_a_position_all_the_same() -> None:
-    directory = Directory(list(NAMES), 100)
+    directory = unpromised(NAMES)
     reader = Reader(Script(), directory)
     page = reader.read(0)
-    directory.names.remove(page[-1])
-    assert reader.read(page[-1][0])[0] == NAMES[len(page) - 2]
-    assert reader.read_all(NAMES[300][0] - 1)[0] == NAMES[300]
+    directory.names = [one for one in directory.names if one[0] != page[-1].off]
+    assert reader.read(page[-1].off)[0].name == ALL[len(page) - 2].name
+    assert reader.read_all(ALL[300].off - 1)[0].name == ALL[300].name
 
 
-def test_what_is_held_is_bounded_and_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "MAX_HELD", 40_000)
+def test_many_directories_are_bounded_and_can_be_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directories, "MAX_HELD", 300_000)
     script = Script()
-    directory = Directory(NAMES, 500)
-    readers = [Reader(script, directory) for _ in range(10)]
+    readers = [Reader(script, unpromised(NAMES, 500), node) for node in range(100, 110)]
     pages = [reader.read(0) for reader in readers]
-    assert 0 < script.volume.listings.held <= 40_000
+    assert 0 < script.volume.listings.directories.held <= 300_000
     for reader, page in zip(readers, pages, strict=True):
-        assert page + reader.read_all(page[-1][0]) == DOTS + NAMES
+        assert names_of(page + reader.read_all(page[-1].off)) == names_of(DOTS + ALL)
 
 
-def test_nothing_is_held_of_what_was_read_or_closed() -> None:
+def test_a_directory_larger_than_all_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directories, "MAX_HELD", 5_000)
+    directory = Directory(NAMES, 50)
+    assert Reader(Script(), directory).read_all() == DOTS + ALL
+    assert len(directory.asked) == 10
+
+
+def test_nothing_is_held_of_what_was_read_and_is_not_promised() -> None:
     script = Script()
-    read, closed = Reader(script, Directory(NAMES, 100)), Reader(script, Directory(NAMES, 100))
-    read.read_all()
-    closed.read(0, 1000)
-    assert script.volume.listings.held > 0
-    closed.close()
-    assert script.volume.listings.held == 0
+    reader = Reader(script, unpromised(NAMES))
+    reader.read(0)
+    assert script.volume.listings.directories.held > 0
+    reader.read_all()
+    assert script.volume.listings.directories.held == 0
 
 
-def test_a_stream_closed_while_it_is_read_leaves_nothing() -> None:
+def test_an_older_listing_that_comes_late_takes_nothing_from_a_newer_one() -> None:
     script = Script()
-    reader = Reader(script, Directory(NAMES, 100))
-    script.request(Opcode.READDIR, pack("QQIIQII", reader.handle, 0, 4096, 0, 0, 0, 0))
-    reader.close()
-    reader.directory.answer(script.take())
-    assert script.volume.listings.held == 0
+    old, new = unpromised(NAMES, 10), unpromised([Name(b"new-%d" % number) for number in range(500)], 10)
+    reader = Reader(script, old)
+    off = reader.read(0)[-1].off
+    ask(script, off)  # the old one goes on...
+    late = script.take()
+    reader.directory = new
+    reader.read(0)  # ...while another begins
+    old.answer(late)
+    assert shown(script.answers[-1][2])[0].name == ALL[10].name
+    assert all(one.name.startswith(b"new") for one in reader.read_all(new.names[0][0]))
 
 
-@pytest.mark.parametrize("blob", [dirent(5, b"name")[:-8], dirent(5, b"name")[:20], dirent(5, b"n" * 5000)])
-def test_records_that_are_none_are_an_error_and_no_loop(blob: bytes) -> None:
+# --- names, looked up --------------------------------------------------------------------------------
+
+
+def learned(names: Sequence[Name] = NAMES, script: Script | None = None, node: int = D) -> Script:
+    """A directory is here, and the guest has had nothing of it yet."""
+    script = Script() if script is None else script
+    for number in range(3):
+        look_up(script, b"?%d" % number, node)
+    for asked in list(script.link.asked):
+        if isinstance(asked.call, ListEntries):
+            Directory(names, 10_000).answer(asked)
+        else:
+            asked.fail(2)
+    script.link.asked.clear()
+    assert len(script.answers) == 3
+    return script
+
+
+def test_a_name_that_is_here_costs_no_message() -> None:
+    script = learned()
+    for name in NAMES:
+        unique = look_up(script, name.name)
+        assert script.answers == replied(unique, name.entry)
+    assert not script.link.asked
+
+
+def test_a_name_that_is_not_there_costs_none_either() -> None:
+    script = learned()
+    unique = look_up(script, b"absent")
+    assert script.answers == replied(unique, bodies.ABSENT)
+    assert not script.link.asked
+    # It is remembered like any other, to be taken back.
+    script.volume.take_back(Changed(7, [D], [b"absent"], directories=[D], above=[0]))
+    assert b"absent" in b"".join(one for one, _ in script.notifier.sequences)
+
+
+def test_a_name_that_was_given_is_asked_for() -> None:
+    script = learned()
+    look_up(script, b"name-1")
+    look_up(script, b"name-1")
+    assert [asked.call.name for asked in calls(script, Lookup)] == [b"name-1"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body", "name"),
+    [
+        (Opcode.UNLINK, b"name-1\0", b"name-1"),
+        (Opcode.RMDIR, b"name-1\0", b"name-1"),
+        (Opcode.MKDIR, pack("II", 0o755, 0) + b"new\0", b"new"),
+        (Opcode.MKNOD, pack("IIII", 0o100644, 0, 0, 0) + b"new\0", b"new"),
+        (Opcode.SYMLINK, b"new\0target\0", b"new"),
+        (Opcode.CREATE, pack("IIII", 0, 0o644, 0, 0) + b"new\0", b"new"),
+        (Opcode.LINK, pack("Q", 1001) + b"new\0", b"new"),
+        (Opcode.RENAME2, pack("QII", D, 0, 0) + b"name-1\0new\0", b"name-1"),
+        (Opcode.RENAME2, pack("QII", D, 0, 0) + b"name-1\0new\0", b"new"),
+    ],
+)
+def test_names_that_the_guest_has_changed_are_asked_for(opcode: Opcode, body: bytes, name: bytes) -> None:
+    script = learned()
+    script.request(opcode, body)
+    asked = script.take()
+    result: Any = {Entry: Entry(99, ATTRIBUTES)}.get(asked.call.RESULT)
+    asked.answer(asked.call.RESULT() if result is None else result)
+    look_up(script, name)
+    assert [asked.call.name for asked in calls(script, Lookup)] == [name]  # type: ignore[attr-defined]
+    # And whoever lists the directory wants to see it.
+    ask(script, 0)
+    assert [asked.call.node for asked in calls(script, ListEntries)] == [D]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (Opcode.SETATTR, pack("IIQQQQQQIIIIIIII", 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0o600, 0, 0, 0, 0)),
+        (Opcode.WRITE, pack("QQIIQII", 0, 0, 3, 0, 0, 0, 0) + b"abc"),
+        (Opcode.FALLOCATE, pack("QQQII", 0, 0, 100, 0, 0)),
+        (Opcode.SETXATTR, pack("II", 1, 0) + b"user.x\0v"),
+        (Opcode.REMOVEXATTR, b"user.x\0"),
+    ],
+)
+def test_a_node_that_the_guest_has_changed_is_asked_for(opcode: Opcode, body: bytes) -> None:
+    script = learned()
+    script.request(opcode, body, node=1001)
+    asked = script.take()
+    results: dict[type, Any] = {"Attributes": (ATTRIBUTES,), "Written": (3, 0, ATTRIBUTES), "Done": ()}  # type: ignore[dict-item]
+    asked.answer(asked.call.RESULT(*results[asked.call.RESULT.__name__]))  # type: ignore[index]
+    look_up(script, b"name-1")
+    assert len(calls(script, Lookup)) == 1
+
+
+def test_a_newer_answer_without_a_promise_is_the_whole_word() -> None:
+    script = learned()
+    learned([Name(b"other", 1001)], script, node=6)
+    look_up(script, b"name-1")
+    look_up(script, b"name-1")
+    script.take().answer(Entry(1001, ATTRIBUTES))
+    look_up(script, b"other", node=6)
+    assert len(calls(script, Lookup)) == 1
+
+
+def getattr_(script: Script, node: int) -> int:
+    return script.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=node)
+
+
+def test_attributes_that_are_here_cost_no_message() -> None:
+    script = learned()
+    unique = getattr_(script, 1001)
+    assert script.answers == replied(unique, bodies.attr_out(NAMES[1].attr, NAME | PROMISED_ATTRIBUTES))
+    assert not script.link.asked
+
+
+@pytest.mark.parametrize("promise", [0, PROMISED_ATTRIBUTES])
+def test_attributes_are_asked_for_once_if_they_are_promised(promise: int) -> None:
     script = Script()
-    reader = Reader(script, Directory([], 1))
-    unique = script.request(Opcode.READDIR, pack("QQIIQII", reader.handle, 0, 4096, 0, 0, 0, 0))
-    script.take().answer(Listing(len(blob), True), blob)
+    for count in (1, 2):
+        unique = getattr_(script, 77)
+        if count == 1 or not promise:
+            script.take().answer(Attributes(ATTRIBUTES, promise=promise))
+        ((_, answered, reply),) = script.answers
+        assert (answered, reply[16:]) == (unique, ATTRIBUTES)
+
+
+def test_while_data_is_being_dropped_its_attributes_wait() -> None:
+    script = learned()
+    script.volume.drop(1001).begin(lambda _: None)
+    getattr_(script, 1001)
+    assert len(script.link.asked) == 1
+
+
+def test_what_the_host_says_has_changed_is_asked_for() -> None:
+    script = learned()
+    script.volume.take_back(Changed(7, nodes=[1001], through=[D]))
+    look_up(script, b"name-1")
+    assert len(calls(script, Lookup)) == 1
+    unique = look_up(script, b"name-2")
+    assert script.answers == replied(unique, NAMES[2].entry)
+    script.volume.take_back(Changed(7, [D], [b"new"], directories=[D], above=[0]))
+    look_up(script, b"name-3")
+    assert len(calls(script, Lookup)) == 2
+
+
+def forgotten(script: Script) -> dict[int, int]:
+    """What the host is told that nobody needs."""
+    while script.timers.waiting:
+        script.timers.fire()
+    counts: dict[int, int] = {}
+    for asked in calls(script, Forget):
+        script.link.asked.remove(asked)
+        counts.update(zip(asked.call.nodes, asked.call.counts, strict=True))  # type: ignore[attr-defined]
+    return counts
+
+
+def test_what_was_not_given_is_given_back_to_the_host() -> None:
+    script = learned()
+    look_up(script, b"name-1")
+    script.volume.take_back(Changed(7, directories=[D], above=[0]))
+    assert forgotten(script) == {name.node: 1 for name in NAMES if name.node != 1001}
+
+
+def test_with_the_session_goes_all_that_was_promised() -> None:
+    script = learned()
+    script.lose_host()
+    script.volume.void()
+    script.find_host()
+    assert forgotten(script) == {name.node: 1 for name in NAMES}
+    look_up(script, b"name-1")
+    look_up(script, b"absent")
+    assert len(calls(script, Lookup)) == 2
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body", "node"),
+    [(Opcode.FORGET, pack("Q", 1), D), (Opcode.BATCH_FORGET, pack("IIQQQQ", 2, 0, D, 1, 99, 1), 0)],
+)
+def test_a_directory_that_the_kernel_forgets_is_forgotten(opcode: Opcode, body: bytes, node: int) -> None:
+    script = learned()
+    script.request(opcode, body, node=node)
+    assert D not in script.volume.listings.directories
+    assert forgotten(script).keys() >= {name.node for name in NAMES} | {D}
+
+
+def test_what_comes_of_a_directory_that_was_forgotten_is_not_believed() -> None:
+    script = Script()
+    ask(script, 0)
+    script.request(Opcode.FORGET, pack("Q", 1))
+    Directory(NAMES, 1000).answer(script.take())
+    assert {record.node for record in shown(script.answers[-1][2])} == {0}
+    assert forgotten(script).keys() >= {name.node for name in NAMES}
+
+
+def test_two_mounts_of_a_share_are_promised_nothing() -> None:
+    script = learned()
+    other = Script()
+    other.volumes.add(script.volume)
+    script.volumes.add(other.volume)
+    script.volume.listings.void()
+    reader = Reader(script, Directory(NAMES, 1000))
+    assert {record.node for record in reader.read_all()} == {0}
+    look_up(script, b"name-1")
+    assert len(calls(script, Lookup)) == 1
+
+
+# --- asked for already -------------------------------------------------------------------------------
+
+
+def test_whoever_needs_what_is_coming_waits_for_it() -> None:
+    script = Script()
+    first, second = ask(script, 0, 600), ask(script, 0, 600)
+    name, absent = look_up(script, b"name-1"), look_up(script, b"absent")
+    assert len(script.link.asked) == 1
+    Directory(NAMES, 1000).answer(script.take())
+    answers = {unique: (kind, reply) for kind, unique, reply in script.answers}
+    assert set(answers) == {first, second, name, absent}
+    assert answers[absent] == ("reply", bodies.ABSENT)
+    given = [record.node for unique in (first, second) for record in shown(answers[unique][1]) if record.node]
+    assert len(given) == len(set(given)) > 0
+    assert answers[name] == ("reply", NAMES[1].entry) or 1001 in given
+    assert not [one for one in script.link.asked if not isinstance(one.call, Lookup)]
+
+
+def test_of_what_is_not_promised_each_who_begins_asks_for_itself() -> None:
+    script = Script()
+    first, second = ask(script, 0), ask(script, 0)
+    unpromised(NAMES).answer(script.take())
+    assert [unique for _, unique, _ in script.answers] == [first]
+    unpromised(NAMES).answer(script.take())
+    assert [unique for _, unique, _ in script.answers] == [second]
+
+
+def test_an_error_is_of_those_who_asked() -> None:
+    script = Script()
+    first, second, name = ask(script, 0), ask(script, 0), look_up(script, b"x")
+    script.take().fail(13)
+    assert script.answers == failed(first, "EACCES")
+    assert {type(asked.call) for asked in script.link.asked} == {ListEntries, Lookup}
+    for asked in list(script.link.asked):
+        asked.fail(13)
+    assert {unique for _, unique, _ in script.answers} == {second, name}
+
+
+def test_a_signal_makes_one_who_waits_ask_for_itself() -> None:
+    """And then it can be let go, if it is to be killed."""
+    script = Script()
+    ask(script, 0)
+    name = look_up(script, b"name-1")
+    script.dying.add(42)
+    script.request(Opcode.INTERRUPT, pack("Q", name), unique=name | 1)
+    assert [asked.call.unique for asked in calls(script, Lookup)] == [name]  # type: ignore[attr-defined]
+    script.host.let_the_dying_go()
+    assert script.answers == failed(name, "EINTR")
+
+
+def test_nothing_is_given_to_one_who_was_let_go() -> None:
+    script = Script()
+    unique = ask(script, 0)
+    script.dying.add(42)
+    script.request(Opcode.INTERRUPT, pack("Q", unique), unique=unique | 1)
+    script.host.let_the_dying_go()
+    assert script.answers == failed(unique, "EINTR")
+    Directory(NAMES, 1000).answer(script.take())
+    for name in NAMES:
+        again = look_up(script, name.name)
+        assert script.answers[-1:] == replied(again, name.entry)
+
+
+def test_when_the_session_ends_nobody_waits_for_others() -> None:
+    script = Script()
+    first, second = ask(script, 0), ask(script, 0)
+    script.lose_host()
+    script.volume.void()
+    script.find_host()
+    assert sorted(asked.call.unique for asked in calls(script, ListEntries)) == [first, second]  # type: ignore[attr-defined]
+    while script.link.asked:
+        Directory(NAMES, 1000).answer(script.take())
+    for _, _, reply in script.answers:
+        assert {record.node for record in shown(reply)} <= {0, *(name.node for name in NAMES)}
+
+
+# --- ahead -------------------------------------------------------------------------------------------
+
+TREE = [Name(b"d%02d" % number, 100 + number, DIRECTORY) for number in range(40)]
+
+
+def test_several_lookups_bring_the_directory() -> None:
+    script = Script()
+    for name in NAMES[:3]:
+        look_up(script, name.name)
+    lookups, lists = calls(script, Lookup), calls(script, ListEntries)
+    assert (len(lookups), len(lists)) == (3, 1)
+    Directory(NAMES, 1000).answer(lists[0])
+    script.link.asked.clear()
+    for name in NAMES[3:]:
+        unique = look_up(script, name.name)
+        assert script.answers == replied(unique, name.entry)
+    assert not script.link.asked
+
+
+def test_a_guest_that_walks_is_listed_to_ahead() -> None:
+    script = learned(TREE)
+    asked = []
+    for name in (name for _, name in placed(TREE)):
+        look_up(script, name.name)
+        ask(script, 0, node=name.node)
+        while script.link.asked:
+            one = script.take()
+            asked.append(one.call.node)  # type: ignore[attr-defined]
+            Directory(numbered(3, one.call.node * 1000)).answer(one)  # type: ignore[attr-defined]
+        records = shown(script.answers[-1][2])
+        assert len(records) == 5
+        assert 0 not in [record.node for record in records[2:]]
+    assert sorted(asked) == sorted(name.node for name in TREE)
+    assert asked.index(placed(TREE)[30][1].node) <= 30
+
+
+def test_what_was_listed_ahead_is_asked_with_numbers_of_its_own() -> None:
+    script = learned(TREE)
+    order = [name for _, name in placed(TREE)]
+    ask(script, 0, node=order[0].node)
+    script.link.asked.clear()
+    ask(script, 0, node=order[1].node)
+    uniques = [asked.call.unique for asked in script.link.asked]  # type: ignore[attr-defined]
+    assert len(uniques) == 3
+    assert sum(unique > 1 << 62 for unique in uniques) == 2
+
+
+def test_what_fails_ahead_is_nobodys_trouble() -> None:
+    script = learned(TREE)
+    order = [name for _, name in placed(TREE)]
+    first, second = ask(script, 0, node=order[0].node), ask(script, 0, node=order[1].node)
+    while script.link.asked:
+        script.take().fail(116)
+    assert script.answers == failed(first, "ESTALE") + failed(second, "ESTALE")
+
+
+def walked() -> tuple[Script, int]:
+    """A guest that has looked up a name in each of three directories; and one that nobody has asked for."""
+    script = learned(TREE)
+    order = [name.node for _, name in placed(TREE)]
+    asked_for = set()
+    for node in order[:3]:
+        look_up(script, b"name-1", node)
+        while script.link.asked:
+            asked = script.take()
+            asked_for.add(asked.call.node)  # type: ignore[attr-defined]
+            if isinstance(asked.call, ListEntries):
+                Directory(numbered(3, asked.call.node * 100)).answer(asked)
+            else:
+                asked.answer(Entry(node * 9, ATTRIBUTES))
+    script.answers  # noqa: B018  (what was said so far)
+    return script, next(node for node in reversed(order) if node not in asked_for)
+
+
+def test_who_walks_is_given_a_name_from_the_whole_directory() -> None:
+    script, node = walked()
+    unique = look_up(script, b"name-1", node)
+    assert not calls(script, Lookup)
+    (asked,) = [asked for asked in calls(script, ListEntries) if asked.call.node == node]  # type: ignore[attr-defined]
+    Directory(numbered(3, 7000)).answer(asked)
+    assert script.answers == replied(unique, numbered(3, 7000)[1].entry)
+
+
+def test_who_walks_into_what_cannot_be_listed_asks_by_name() -> None:
+    script, node = walked()
+    first = look_up(script, b"name-1", node)
+    for asked in list(calls(script, ListEntries)):
+        asked.fail(13)
+    assert [asked.call.unique for asked in calls(script, Lookup)] == [first]  # type: ignore[attr-defined]
+    script.link.asked.clear()
+    second = look_up(script, b"name-2", node)
+    assert [asked.call.unique for asked in calls(script, Lookup)] == [second]  # type: ignore[attr-defined]
+
+
+def test_a_directory_that_is_not_promised_is_not_listed_for_lookups_again_and_again() -> None:
+    script = Script()
+    listed = 0
+    for number in range(200):
+        look_up(script, b"absent-%d" % number)
+        while script.link.asked:
+            asked = script.take()
+            if isinstance(asked.call, ListEntries):
+                listed += 1
+                unpromised(NAMES).answer(asked)
+            else:
+                asked.fail(2)
+    assert listed <= 7
+
+
+def test_names_without_nodes_are_not_listed_for_lookups_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond the files that the host's kernel watches; and there is room here for the names of one directory only."""
+    monkeypatch.setattr(directories, "MAX_HELD", 100_000)
+    script, host = Script(), Directory([Name(name.name) for name in NAMES], 1000)
+    listed = 0
+    for number, name in enumerate(NAMES):
+        look_up(script, name.name, node=100 + number % 2)
+        while script.link.asked:
+            asked = script.take()
+            if isinstance(asked.call, ListEntries):
+                listed += 1
+                host.answer(asked)
+            else:
+                asked.answer(Entry(77, ATTRIBUTES))
+    assert listed <= 8
+
+
+# --- names alone -------------------------------------------------------------------------------------
+
+
+class Bare:
+    """A host that does as it is asked: directories of files, of which the guest has read ``node``."""
+
+    def __init__(self, node: int = D) -> None:
+        self.script = Script()
+        self.now = 100.0
+        self.script.volume.listings._clock = lambda: self.now
+        self.listed: list[tuple[int, bool]] = []
+        self.read(node)
+
+    def answer_all(self) -> None:
+        while self.script.link.asked:
+            asked = self.script.take()
+            call: Any = asked.call
+            if isinstance(call, ListEntries):
+                self.listed.append((call.node, call.bare))
+                names = [
+                    *numbered(20, 0 if call.bare else call.node * 100),
+                    Name(b"d", call.node * 50, DIRECTORY),
+                ]
+                if call.bare:
+                    names = [name if name.kind == DIRECTORY else Name(name.name) for name in names]
+                asked.answer(*piece_of(placed(names), call.after))
+            else:
+                asked.fail(2)
+
+    def read(self, node: int) -> list[Shown]:
+        ask(self.script, 0, node=node)
+        self.answer_all()
+        return shown(self.script.answers[-1][2])
+
+    def look_up(self, name: bytes, node: int = D) -> list[tuple[Any, ...]]:
+        look_up(self.script, name, node)
+        self.answer_all()
+        return self.script.answers
+
+
+def test_who_reads_a_directory_is_given_names_and_directories() -> None:
+    it = Bare()
+    assert it.listed == [(D, True)]
+    assert {record.name for record in it.read(D) if record.node} == set()  # the directory was given already
+
+
+def test_the_first_name_that_is_looked_up_brings_all_of_it() -> None:
+    it = Bare()
+    for number in range(20):
+        ((kind, _, reply),) = it.look_up(b"name-%d" % number)
+        assert (kind, reply) == ("reply", numbered(20, D * 100)[number].entry)
+    assert it.listed == [(D, True), (D, False)]
+
+
+def test_what_is_not_there_needs_no_more_than_names() -> None:
+    it = Bare()
+    ((kind, _, reply),) = it.look_up(b"absent")
+    assert (kind, reply) == ("reply", bodies.ABSENT)
+    assert it.listed == [(D, True)]
+
+
+def test_from_then_on_directories_come_whole_until_nobody_reads_any() -> None:
+    it = Bare()
+    it.look_up(b"name-1")
+    for node in range(10, 20):
+        it.now += listing.WHOLE / 2
+        it.read(node)
+    assert it.listed[2:] == [(node, False) for node in range(10, 20)]
+    it.now += listing.WHOLE
+    it.read(20)
+    assert it.listed[-1] == (20, True)
+
+
+def test_a_directory_that_cannot_be_listed_again_is_asked_by_name() -> None:
+    it = Bare()
+    uniques = [look_up(it.script, b"name-1")]
+    (asked,) = it.script.link.asked
+    assert isinstance(asked.call, ListEntries)
+    it.script.take().fail(13)
+    uniques += [look_up(it.script, b"name-%d" % number) for number in (2, 3)]
+    assert [asked.call.unique for asked in calls(it.script, Lookup)] == uniques  # type: ignore[attr-defined]
+
+
+# --- what the kernel keeps of it ---------------------------------------------------------------------
+
+
+def finish(script: Script, directory: Directory, node: int = D) -> int:
+    """Read to the end, and ask for more; returns the unique of that."""
+    reader, off = Reader(script, directory, node), 0
+    while page := reader.read(off, 1_000_000):
+        off = page[-1].off
+        if not directory.names or off == directory.names[-1][0]:
+            break
+    script.answers  # noqa: B018  (what was said so far)
+    return ask(script, off, node=node)
+
+
+@pytest.mark.parametrize("names", [NAMES, []])
+def test_a_promised_listing_costs_no_notification(names: list[Name]) -> None:
+    script = Script()
+    unique = finish(script, Directory(names, 1000))
+    assert script.answers == replied(unique)
+    assert not script.notifier.waiting
+
+
+@pytest.mark.parametrize("names", [NAMES, []])
+def test_one_that_is_not_promised_is_dropped_before_its_end_is_said(names: list[Name]) -> None:
+    script = Script()
+    unique = finish(script, unpromised(names, 1000))
+    assert script.answers == []
+    script.notifier.finish()
+    assert script.answers == [("dropped", 5), *replied(unique)]
+    # That was it: the kernel has nothing more of it, and the next may be promised.
+    unique = finish(script, Directory(names, 1000))
+    assert script.answers == replied(unique)
+
+
+def test_one_piece_without_a_promise_is_enough() -> None:
+    script = Script()
+    off = Reader(script, unpromised(NAMES)).read(0)[-1].off
+    while not script.notifier.waiting:
+        ask(script, off)
+        while script.link.asked:
+            Directory(NAMES).answer(script.take())
+        for _, _, reply in script.answers:
+            off = shown(reply)[-1].off
+    assert off == ALL[-1].off
+
+
+def test_what_another_stream_was_given_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has filled the kernel's pages up to somewhere, and this one may fill the rest."""
+    monkeypatch.setattr(directories, "MAX_HELD", 0)  # and nothing here remembers its pieces
+    script = Script()
+    Reader(script, unpromised(NAMES)).read(0)
+    Reader(script, Directory(NAMES), node=6).read(0)
+    finish(script, Directory(NAMES, 1000))
+    assert [node for node, _ in script.notifier.waiting] == [5]
+
+
+def test_what_is_given_during_a_drop_is_dropped_too() -> None:
+    script = Script()
+    directory = unpromised(NAMES, 1000)
+    unique = finish(script, directory)
+    ask(script, 0)
+    directory.answer(script.take())
+    assert len(script.answers) == 1
+    script.notifier.finish()
+    assert script.answers == [("dropped", 5)]
+    script.notifier.finish()
+    assert script.answers == [("dropped", 5), *replied(unique)]
+
+
+def test_nothing_is_given_of_what_has_changed() -> None:
+    script = Script()
+    directory = Directory(NAMES, 1000)
+    reader = Reader(script, directory)
+    page = reader.read(0)
+    directory.names = [(off, Name(b"changed", 1)) for off, _ in directory.names]
+    script.volume.take_back(Changed(7, directories=[D, 6], above=[0, 0]))
+    assert {record.name for record in reader.read_all(page[-1].off)} == {b"changed"}
+
+
+def test_of_a_predecessors_mount_each_directory_is_dropped_once() -> None:
+    script = Script(inherited=True)
+    directory = Directory(NAMES, 1000)
+    for node in (5, 6):
+        unique = finish(script, directory, node)
+        assert script.answers == []
+        script.notifier.finish()
+        assert script.answers == [("dropped", node), *replied(unique)]
+    unique = finish(script, directory)
+    assert script.answers == replied(unique)
+
+
+def test_what_is_remembered_to_be_dropped_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "MAX_LOOSE", 3)
+    script = Script()
+    for node in range(100, 105):
+        ask(script, 0, node=node)
+        unpromised(NAMES).answer(script.take())
+    assert [node for node, _ in script.notifier.waiting] == [100, 101]
+    while script.notifier.waiting:
+        script.notifier.finish()
+    for node in (100, 104):
+        finish(script, Directory(NAMES, 1000), node)
+    assert [node for node, _ in script.notifier.waiting] == [104]
+
+
+# --- what the host should not do ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 21, 100])
+def test_a_listing_that_is_none_is_an_error(cut: int) -> None:
+    script = Script()
+    unique = ask(script, 0)
+    answer, data = piece_of(placed(NAMES), 0)
+    script.take().answer(answer, data[:-cut])
     assert script.answers == failed(unique, "EIO")
 
 
 def test_an_error_of_the_host_is_the_readers() -> None:
     script = Script()
-    reader = Reader(script, Directory([], 1))
-    unique = script.request(Opcode.READDIR, pack("QQIIQII", reader.handle, 0, 4096, 0, 0, 0, 0))
-    asked: Any = script.take()
-    assert (asked.call.handle, asked.call.after, asked.call.attributes) == (reader.handle, 0, False)
+    unique = ask(script, 0)
+    asked = script.take()
+    assert asked.call == ListEntries(7, unique, D, 0, bare=True)
     asked.fail(13)
     assert script.answers == failed(unique, "EACCES")
+
+
+def test_a_listing_of_nothing_is_the_end() -> None:
+    script = Script()
+    ask(script, 0)
+    script.take().answer(Listing(0, False))
+    off = shown(script.answers[-1][2])[-1].off
+    unique = ask(script, off)
+    script.notifier.finish()
+    assert script.answers[-1:] == replied(unique)

@@ -440,10 +440,31 @@ async def test_an_aborted_mount_is_replaced(arranged: Mounts, kernel: Kernel, st
     kernel.mounted[0].over.set()
     while kernel.log[-1] != "mount /a" or len(kernel.log) < 3:
         await trio.lowlevel.checkpoint()
-    await wait_all_tasks_blocked()
+    while not stored:  # which a thread makes way for
+        await trio.lowlevel.checkpoint()
     (after,) = stored
     assert before != after
     assert kernel.take_log() == ["mount /a", "unmount /a", "mount /a"]
+
+
+async def test_a_share_is_in_use_until_nobody_has_a_mount_of_it(arranged: Mounts, kernel: Kernel) -> None:
+    assert arranged.in_use == set()
+    await arranged.arrange([A, B])
+    assert arranged.in_use == {A.id, B.id}
+    kernel.lazy = True
+    await arranged.arrange([])
+    await arranged.arrange([A])
+    assert arranged.in_use == {A.id, B.id}, "programs may be in it"
+    await arranged.arrange([])
+    kernel.end_all()
+    await wait_all_tasks_blocked()
+    assert arranged.in_use == set()
+
+
+async def test_what_a_predecessor_served_is_in_use_at_once(arranged: Mounts) -> None:
+    name = f"{StoredConnection(A.id, 44, 41, 0x80).name()},salt=3"
+    arranged.adopt([StoredDescriptor(name, os.open("/dev/null", os.O_RDWR))])
+    assert arranged.in_use == {A.id}
 
 
 async def test_a_mount_that_somebody_took_off_stays_off_until_it_is_asked_for(

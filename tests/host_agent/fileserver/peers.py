@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -21,6 +22,7 @@ from protocol.errors import LinkError
 from protocol.files import (
     MAX_FILES_PAYLOAD,
     ROOT,
+    Changed,
     Entry,
     FileCall,
     Lookup,
@@ -28,6 +30,7 @@ from protocol.files import (
     MountReports,
     MountShares,
     MountStage,
+    in_use,
 )
 from protocol.link import Link, Role, SerialChannel, Service
 
@@ -69,12 +72,22 @@ class Kernel:
         self.link: Link | None = None
         self.over = trio.Event()  # when the session of now is
         self.pending: dict[int, Pending] = {}
+        self.in_use: set[int] | None = None
+        """The shares that it says to be in use; None: it does not say."""
         self.mounted: list[MountShares] = []
+        self.told: list[Changed | Any] = []
+        """``Changed`` and results of calls, in the order in which they came."""
         self.report: Callable[[MountShares], MountReports] = _all_mounted
         self.answers = 0
         self._unique = itertools.count(2, 2)  # as kernels number requests: even, new
         self._answered = trio.lowlevel.ParkingLot()
         self._connected = trio.lowlevel.ParkingLot()
+
+    def changes(self) -> list[Changed]:
+        """What it was told of since it was asked last."""
+        changes = [told for told in self.told if isinstance(told, Changed)]
+        self.told.clear()
+        return changes
 
     def unique(self) -> int:
         return next(self._unique)
@@ -92,8 +105,10 @@ class Kernel:
 
         service = Service()
         service.on_request(MountShares, mount)
+        service.on_notice_at_once(Changed, self.told.append)
         offer = None if self.bulk is None else messages.BulkOffer([], b"", self.bulk.busy())
-        greeting = messages.Hello(boot_id=self.boot_id, name="guest", bulk=offer)
+        said = [] if self.in_use is None else [in_use(self.in_use)]
+        greeting = messages.Hello(boot_id=self.boot_id, capabilities=said, name="guest", bulk=offer)
         stream = await channel.establish()
         async with trio.open_nursery() as nursery:
             link = Link(
@@ -137,6 +152,7 @@ class Kernel:
         def on_result(result: messages.Result | LinkError) -> None:
             if isinstance(result, messages.Result) and pending.result is None:
                 self.answers += 1
+                self.told.append(pending.call)
                 pending.result = self._received(result, pending)
                 self.pending.pop(id(pending), None)
                 self._answered.unpark_all()
@@ -192,7 +208,11 @@ class Kernel:
         return outcome
 
     async def lookup(self, name: bytes, parent: int = ROOT, share: int = SHARE) -> Entry:
-        return await self.ask(Lookup(share, self.unique(), parent, name))
+        """Raises ``FileNotFoundError`` for a name that is not there, whether that was promised or not."""
+        entry: Entry = await self.ask(Lookup(share, self.unique(), parent, name))
+        if not entry.node:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return entry
 
 
 def _all_mounted(request: MountShares) -> MountReports:

@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from host_agent.descriptor_store import DescriptorStore
+from host_agent.fileserver import prompt
 from host_agent.fileserver.control import GetShares, SharedFolder, ShareState
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.keepsakes import Keepsakes
@@ -123,22 +124,30 @@ async def waiting(
 
 
 class Gate:
-    """Calls of ``kind`` begin, and wait until ``open``; those that have begun are in ``begun``."""
+    """Calls of ``kind`` begin, in threads, and wait until ``open``; those that have begun are in ``begun``. ``done``:
+    they are done, and it is their answers that wait."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, kind: type[FileCall[Any]], share: int = SHARE
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: type[FileCall[Any]],
+        share: int = SHARE,
+        *,
+        done: bool = False,
     ) -> None:
         self.begun: list[Any] = []
         self._open = threading.Event()
         perform = Tree.perform
 
         def wait(tree: Tree, call: Any, payload: bytes = b"") -> Outcome:
+            outcome = perform(tree, call, payload) if done else None
             if type(call) is kind and call.share == share:
                 self.begun.append(call)
                 assert self._open.wait(SOON)
-            return perform(tree, call, payload)
+            return outcome or perform(tree, call, payload)
 
         monkeypatch.setattr(Tree, "perform", wait)
+        monkeypatch.setattr(prompt, "KINDS", prompt.KINDS - {kind})
 
     def open(self) -> None:
         self._open.set()

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import pytest
 
 from host_agent.fileserver import datafiles
-from host_agent.fileserver.datafiles import AFTER_FLUSH, AFTER_READ, AFTER_WRITE, MAX_OPEN, OpenFile
+from host_agent.fileserver.datafiles import AFTER_READ, AFTER_WRITE, MAX_OPEN, OpenFile
 from host_agent.fileserver.workers import THREADS, Workers
 from protocol.files import (
     ROOT,
@@ -22,7 +22,6 @@ from protocol.files import (
     SET_SIZE,
     Allocate,
     Create,
-    Flushed,
     Read,
     SetAttributes,
     Sync,
@@ -93,32 +92,26 @@ def test_a_writer_goes_soon_after_the_last_write(share: Served) -> None:
     assert open_modes(share.path / "f") == [os.O_RDWR]
 
 
-def test_and_sooner_if_the_guest_has_closed_the_file(share: Served) -> None:
-    node = share.ask(Create, ROOT, b"f", 0o644, os.O_RDWR).node
-    share.ask(Write, node, 0, payload=b"x")
-    share.ask(Flushed, node)
-    now = time.monotonic()
-    assert share.tree.close_idle(now) <= now + AFTER_FLUSH
-    share.tree.close_idle(now + AFTER_FLUSH)
-    assert open_modes(share.path / "f") == []
-    share.ask(Flushed, node)
-    share.ask(Flushed, 9999)
-
-
-def test_a_write_after_the_close_counts(share: Served) -> None:
-    node = share.ask(Create, ROOT, b"f", 0o644, os.O_RDWR).node
-    share.ask(Flushed, node)
-    share.ask(Write, node, 0, payload=b"x")
-    share.tree.close_idle(time.monotonic() + AFTER_FLUSH * 2)
-    assert open_modes(share.path / "f") == [os.O_RDWR]
-
-
 def test_reading_does_not_keep_a_writer(share: Served) -> None:
     node = share.ask(Create, ROOT, b"f", 0o644, os.O_RDWR).node
-    share.ask(Flushed, node)
-    share.bytes(Read, node, 0, 1)
-    share.tree.close_idle(time.monotonic() + AFTER_FLUSH)
+    share.ask(Write, node, 0, payload=b"x")
+    began = time.monotonic()
+    assert share.bytes(Read, node, 0, 1) == b"x"
+    share.tree.close_idle(began + AFTER_WRITE)
     assert open_modes(share.path / "f") == []
+
+
+def test_one_that_is_used_is_not_closed_for_a_look(share: Served) -> None:
+    files = share.tree._core.files
+    created = share.ask(Create, ROOT, b"f", 0o644, os.O_RDWR).node
+    with share.tree._core.reach.use(created) as node:
+        used = files.writer(node)
+        files.close_writer(node)
+        assert open_modes(share.path / "f") == [os.O_RDWR]
+        files.release(used)
+        files.close_writer(node)
+        assert open_modes(share.path / "f") == []
+        files.close_writer(node)
 
 
 def test_readers_go_later(share: Served) -> None:
@@ -140,11 +133,10 @@ def test_so_many_at_once(share: Served, monkeypatch: pytest.MonkeyPatch) -> None
     assert MAX_OPEN >= 64
 
 
-def test_a_program_can_be_executed_right_after_it_was_written(share: Served) -> None:
+def test_a_program_can_be_executed_soon_after_it_was_written(share: Served) -> None:
     node = share.ask(Create, ROOT, b"f", 0o755, os.O_RDWR).node
     share.ask(Write, node, 0, payload=b"#!/bin/sh\nexit 7\n")
-    share.ask(Flushed, node)
-    share.tree.close_idle(time.monotonic() + AFTER_FLUSH)
+    share.tree.close_idle(time.monotonic() + AFTER_WRITE)
     assert os.waitstatus_to_exitcode(os.system(str(share.path / "f"))) == 7
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from host_agent.fileserver import linux
-from host_agent.fileserver.devices import KERNEL_FILESYSTEMS, Device, Devices, described
+from host_agent.fileserver.devices import KERNEL_FILESYSTEMS, Device, Devices, described, tells
 from host_agent.fileserver.signatures import COARSE_NS, NEVER_NS, UNSETTLED_NS
 
 EXT4, OVERLAY, HFS_PLUS = 0xEF53, 0x794C7630, 0x482B
+XFS, BTRFS, TMPFS = 0x58465342, 0x9123683E, 0x01021994
 NFS, SMB2, FUSE, CEPH, NINE_P, FAT, HFS = (
     0x6969,
     0xFE534D42,
@@ -43,6 +45,17 @@ def test_time_stamps_that_prove_nothing(filesystem: int) -> None:
     assert described(filesystem).unsettled_ns == NEVER_NS
 
 
+@pytest.mark.parametrize(
+    "filesystem", [NFS, SMB2, FUSE, CEPH, NINE_P, OVERLAY, HFS_PLUS, 0x12345678, *KERNEL_FILESYSTEMS]
+)
+def test_filesystems_on_which_things_happen_without_a_word(filesystem: int) -> None:
+    assert not tells(filesystem)
+
+
+def test_filesystems_whose_changes_are_all_told() -> None:
+    assert all(tells(filesystem) for filesystem in (EXT4, XFS, BTRFS, TMPFS))
+
+
 def test_a_device_is_asked_once_until_it_is_forgotten(
     status: linux.Status, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +71,22 @@ def test_a_device_is_asked_once_until_it_is_forgotten(
     devices.forget()
     assert devices.of(status.device, 0).unsettled_ns == NEVER_NS
     assert devices.of(status.device + 1, 0).unsettled_ns == UNSETTLED_NS
+
+
+def test_a_number_that_is_given_out_again_is_another_file_s(tmp_path: Path) -> None:
+    devices, keys, numbers = Devices(), [], set()
+    for _ in range(20):
+        (tmp_path / "f").touch()
+        descriptor = os.open(tmp_path / "f", os.O_PATH)
+        status = linux.fstatx(descriptor)
+        keys.append(devices.key(status, descriptor))
+        numbers.add(status.ino)
+        os.close(descriptor)
+        (tmp_path / "f").unlink()
+        time.sleep(0.005)  # a time of birth is that of the last tick
+    assert len(set(keys)) == 20
+    if len(numbers) == 20:
+        pytest.skip("this filesystem gives no number out again")
 
 
 def test_times_of_birth_on_overlayfs(status: linux.Status, monkeypatch: pytest.MonkeyPatch) -> None:

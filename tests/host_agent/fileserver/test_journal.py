@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from host_agent.fileserver import journal as module
+from host_agent.fileserver.compaction import survivors
 from host_agent.fileserver.journal import Journal
 from host_agent.fileserver.journal import read as reread
-from host_agent.fileserver.ledger import Answer, Intent, Kind, Ledger
+from host_agent.fileserver.ledger import Answer, Entry, Intent, Kind
 
 SHARE = 7
 KEY = (SHARE, 100)
@@ -94,7 +96,7 @@ def test_a_torn_end_costs_only_itself(path: Path) -> None:
         b"\xa5hello",
         b"\x90",
         b"\x93\x01\x02\x03",
-        os.urandom(64),
+        pytest.param(os.urandom(64), id="noise"),
     ],
 )
 def test_what_is_no_journal_is_not_used(path: Path, content: bytes) -> None:
@@ -167,14 +169,12 @@ def test_a_rewrite_keeps_what_is_alive_and_what_was_added_meanwhile(
         journal.outcome((SHARE, 1), Answer(unique, 0, [b"x" * 100]))
         journal.flush()
     before = path.stat().st_size
-    replay = module._replay
 
-    def replay_while_others_write(fd: int, end: int) -> Ledger:
-        ledger = replay(fd, end)
+    def while_others_write(*arguments: Any) -> Iterator[Entry]:
+        yield from survivors(*arguments)
         journal.intent(KEY, 5, b"meanwhile")
-        return ledger
 
-    monkeypatch.setattr(module, "_replay", replay_while_others_write)
+    monkeypatch.setattr(module, "survivors", while_others_write)
     journal.compact()
     monkeypatch.undo()
     assert path.stat().st_size < before / 10
@@ -191,14 +191,12 @@ def test_a_rewrite_keeps_what_is_alive_and_what_was_added_meanwhile(
 
 def test_a_rewrite_gives_way_to_another_guest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = begun(path)
-    replay = module._replay
 
-    def interrupted(fd: int, end: int) -> Ledger:
-        ledger = replay(fd, end)
+    def interrupted(*arguments: Any) -> Iterator[Entry]:
+        yield from survivors(*arguments)
         journal.begin("next boot")
-        return ledger
 
-    monkeypatch.setattr(module, "_replay", interrupted)
+    monkeypatch.setattr(module, "survivors", interrupted)
     journal.compact()
     monkeypatch.undo()
     journal.close()

@@ -25,9 +25,11 @@ from protocol.files import (
     MakeLink,
     MakeNode,
     MakeSymlink,
+    Removed,
     RemoveDirectory,
     RemoveXattr,
     Rename,
+    Renamed,
     SetAttributes,
     SetXattr,
     Unlink,
@@ -100,8 +102,8 @@ def test_something_else_that_came_meanwhile_is_in_the_way(share: Served, index: 
 
 @pytest.mark.parametrize("done", [False, True])
 def test_removing(share: Served, done: bool) -> None:
-    assert again(share, share.call(Unlink, ROOT, b"f"), done=done) == Done()
-    assert again(share, share.call(RemoveDirectory, ROOT, b"empty"), done=done) == Done()
+    assert again(share, share.call(Unlink, ROOT, b"f"), done=done) == Removed()
+    assert again(share, share.call(RemoveDirectory, ROOT, b"empty"), done=done) == Removed()
     assert sorted(os.listdir(share.path)) == ["d", "g"]
 
 
@@ -124,7 +126,9 @@ def test_a_removal_does_not_hit_what_came_afterwards(share: Served) -> None:
 @pytest.mark.parametrize("done", [False, True])
 def test_renaming(share: Served, done: bool) -> None:
     node, directory = share.node("f"), share.node("d")
-    assert again(share, share.call(Rename, ROOT, b"f", directory, b"new"), done=done) == Done()
+    assert again(share, share.call(Rename, ROOT, b"f", directory, b"new"), done=done) == Renamed(
+        node, files=not done
+    )
     assert (share.path / "d" / "new").read_text() == "f"
     assert share.ask(GetAttributes, node)
     assert share.ask(Lookup, directory, b"new").node == node
@@ -155,7 +159,7 @@ def test_a_rename_that_was_done_but_not_recorded(share: Served) -> None:
     before = share.tree.precondition(call)
     share.restart()
     os.rename(share.path / "f", share.path / "d" / "new")
-    assert share.tree.perform_again(call, b"", before).value == Done()
+    assert share.tree.perform_again(call, b"", before).value == Renamed(f)
     assert share.ask(GetAttributes, f)
 
     before = share.tree.precondition(swap)
@@ -163,7 +167,7 @@ def test_a_rename_that_was_done_but_not_recorded(share: Served) -> None:
     os.rename(share.path / "g", share.path / "swap")
     os.rename(share.path / "d" / "new", share.path / "g")
     os.rename(share.path / "swap", share.path / "d" / "new")
-    assert share.tree.perform_again(swap, b"", before).value == Done()
+    assert share.tree.perform_again(swap, b"", before).value == Renamed(g)
     assert (share.path / "g").read_text() == "f"
     assert all(share.ask(GetAttributes, node) for node in (f, g))
     assert share.tree.describe().lost == 0

@@ -25,6 +25,7 @@ from protocol.files import (
     ReadLink,
     RemoveDirectory,
     Rename,
+    Renamed,
     Unlink,
     Write,
 )
@@ -213,6 +214,17 @@ def test_rename_flags(share: Served) -> None:
     assert share.refused(Rename, ROOT, b"a", ROOT, b"missing", EXCHANGE) == "ENOENT"
     share.ask(Rename, ROOT, b"a", ROOT, b"c", NOREPLACE)
     assert sorted(os.listdir(share.path)) == ["b", "c"]
+
+
+def test_whether_a_rename_was_of_files(share: Served) -> None:
+    """Of what no longer has the new name the guest knows nothing: if that was a directory, so is what has it now."""
+    (share.path / "f").write_text("f")
+    (share.path / "g").write_text("g")
+    (share.path / "d").mkdir()
+    node, directory = share.node("f"), share.node("d")
+    assert share.ask(Rename, ROOT, b"f", ROOT, b"g") == Renamed(node, files=True)
+    assert share.ask(Rename, ROOT, b"d", ROOT, b"e") == Renamed(directory)
+    assert share.ask(Rename, ROOT, b"g", ROOT, b"e", EXCHANGE) == Renamed(node)
 
 
 def test_rename_errors_are_the_kernel_s(share: Served) -> None:

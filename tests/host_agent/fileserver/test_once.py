@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from host_agent.fileserver.ledger import MAX_OUTCOMES, Answer, Intent, Ledger
 from host_agent.fileserver.once import Glimpses, Once, Verdict, digest
-from protocol.files import Lookup
+from protocol.files import ListEntries, Lookup
 
 KEY = (7, 100)
 DONE = Answer(1, 0, [])
@@ -100,10 +102,20 @@ def test_a_digest_tells_contents_apart() -> None:
     assert digest(31, [7, 100, 2, 0], b"abc") in seen
 
 
-def test_a_lookup_asked_again_gives_back_what_the_first_counted() -> None:
+@pytest.mark.parametrize(
+    ("call", "other"),
+    [
+        (Lookup(7, 100, 1, b"a"), Lookup(7, 100, 1, b"b")),
+        (ListEntries(7, 100, 1, 0), ListEntries(7, 100, 1, 5)),
+        (ListEntries(7, 100, 1, 0), Lookup(7, 100, 1, b"a")),
+    ],
+)
+def test_a_lookup_asked_again_gives_back_what_the_first_counted(
+    call: Lookup | ListEntries, other: Lookup | ListEntries
+) -> None:
     glimpses = Glimpses()
-    glimpses.remember(Lookup(7, 100, 1, b"a"), 5)
-    assert glimpses.take(Lookup(7, 100, 1, b"b")) == 0, "another question"
-    glimpses.remember(Lookup(7, 100, 1, b"a"), 5)
-    assert glimpses.take(Lookup(7, 100, 1, b"a")) == 5
-    assert glimpses.take(Lookup(7, 100, 1, b"a")) == 0, "and only once"
+    glimpses.remember(call, [5, 6])
+    assert glimpses.take(other) == (), "another question"
+    glimpses.remember(call, [5, 6])
+    assert glimpses.take(call) == [5, 6]
+    assert glimpses.take(call) == (), "and only once"

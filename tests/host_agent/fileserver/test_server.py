@@ -36,7 +36,6 @@ from protocol.files import (
     ROOT,
     Entry,
     FileCall,
-    Flushed,
     Forget,
     GetAttributes,
     List,
@@ -49,6 +48,7 @@ from protocol.files import (
     MountStage,
     OpenForLocks,
     Read,
+    Removed,
     SetLock,
     Unlink,
     Write,
@@ -100,9 +100,11 @@ async def test_files_are_made_written_and_read(place: Path) -> None:
         assert isinstance(listing, Listing)
         with pytest.raises(FileExistsError):
             await guest.create(b"new")
-        assert await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"new")) == Done()
+        assert isinstance(await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"new")), Removed)
         assert list(guest.root.iterdir()) == []
-        assert (await guest.state()).calls == 6
+        state = await guest.state()
+        assert (state.calls, state.bytes_written) == (6, len(b"hello"))
+        assert state.bytes_read >= len(b"ello")  # and what the listing takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,8 +388,10 @@ async def test_a_new_session_hears_again_that_data_is_stale(place: Path) -> None
             await trio.sleep(0.05)  # until the times of the file have settled
             await kernel.ask(GetAttributes(SHARE, 0, entry.node))
             assert not (await kernel.ask(GetAttributes(SHARE, 0, entry.node))).stale
+        kernel.changes()
         async with guest.session():
-            assert (await kernel.ask(GetAttributes(SHARE, 0, entry.node))).stale
+            answer = await kernel.ask(GetAttributes(SHARE, 0, entry.node))
+            assert answer.stale or any(entry.node in told.nodes for told in kernel.changes())
             assert not (await kernel.ask(GetAttributes(SHARE, 0, entry.node))).stale
 
 
@@ -416,6 +420,48 @@ async def test_another_boot_begins_with_nothing(place: Path) -> None:
             assert await kernel.lookup(b"file") != entry, "another guest, other numbers"
             await kernel.ask(make)  # by its name and content the same as that of the guest before
             assert (guest.root / "made").is_dir()
+
+
+async def test_a_share_that_no_mount_is_left_of_begins_with_nothing(place: Path) -> None:
+    async with waiting(place, host_locks=True) as guest:
+        kernel, store = guest.kernel, guest.scene.store
+        kernel.in_use = set()  # the first session of a boot
+        async with guest.session():
+            entry, gone = await guest.create(b"file"), await guest.create(b"gone")
+            await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"gone"))
+            opened = await kernel.ask(OpenForLocks(SHARE, kernel.unique(), entry.node, os.O_RDWR))
+            await kernel.ask(
+                SetLock(SHARE, kernel.unique(), entry.node, opened.handle, 0, 0, 0, 1, whole=True)
+            )
+            await until(lambda: len(store) == 2)
+        kernel.in_use = {SHARE}
+        async with guest.session():
+            for known in (entry, gone):
+                await kernel.ask(GetAttributes(SHARE, 0, known.node))
+        kernel.in_use = {SHARE + 1}
+        async with guest.session():
+            for known in (entry, gone):
+                with pytest.raises(OSError) as forgotten:
+                    await kernel.ask(GetAttributes(SHARE, 0, known.node))
+                assert forgotten.value.errno == errno.ESTALE
+            await until(lambda: is_free(guest.root / "file"))
+            await until(lambda: len(store) == 0)
+            await until(lambda: guest.scene.agent.told[-1].shares[0].nodes == 1)
+            assert (await kernel.lookup(b"file")).node != entry.node, "numbers are not used twice"
+
+
+async def test_of_what_a_killed_server_knew_only_what_is_in_use_is_taken_over(place: Path) -> None:
+    nodes = {}
+    for in_use in ({SHARE}, {SHARE}, set()):
+        async with waiting(place) as guest:
+            guest.kernel.in_use = in_use
+            (guest.root / "file").touch()
+            async with guest.session():
+                await guest.kernel.ask(GetAttributes(SHARE, 0, ROOT))  # answered once the session has begun
+                assert (await guest.state()).nodes == (1 + len(nodes) if in_use else 1)
+                nodes[(await guest.kernel.lookup(b"file")).node] = in_use
+            guest.scene.port.path.unlink()
+    assert len(nodes) == 2, "the first two are the same"
 
 
 async def test_descriptors_are_kept_for_a_guest_and_a_share(place: Path) -> None:
@@ -640,7 +686,7 @@ async def test_a_clock_that_is_off_is_told(place: Path, skew: int, words: str) -
             assert bool(state.hint) == bool(words)
 
 
-async def test_a_flushed_file_is_closed_soon(place: Path) -> None:
+async def test_a_file_that_was_written_is_closed_soon(place: Path) -> None:
     """Who watches the file on the host waits for that."""
     async with connected(place) as guest:
         kernel = guest.kernel
@@ -654,7 +700,6 @@ async def test_a_flushed_file_is_closed_soon(place: Path) -> None:
 
         assert len(writers()) == 1
         began = trio.current_time()
-        await kernel.ask(Flushed(SHARE, kernel.unique(), entry.node))
         await until(lambda: not writers())
         assert trio.current_time() - began < 1.0
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from protocol.files import (
     GetAttributes,
     Lookup,
     Read,
+    Rename,
     SetAttributes,
     Write,
 )
 from tests.host_agent.fileserver.served import Served, serving
+from tests.host_agent.fileserver.watched import Watched
 
 LONG_AGO = 10**9
 
@@ -64,6 +66,84 @@ def host_writes(share: Served, content: bytes = b"abcdefghij") -> None:
 def test_a_guest_that_has_nothing_need_not_drop_it(share: Served, file: int) -> None:
     host_writes(share)
     assert not stale(share, file)
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Served]:
+    """Whose watches hear of every change, which has just happened as far as time stamps go."""
+    (tmp_path / "f").write_bytes(b"0123456789")
+    with serving(tmp_path, watches=Watched()) as share:
+        yield share
+
+
+def own_write(share: Served, file: int) -> None:
+    share.ask(Write, file, 0, payload=b"x")
+
+
+def own_mode(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    share.ask(SetAttributes, file, SET_MODE, 0o600)
+
+
+def own_names(share: Served, file: int) -> None:
+    share.bytes(Read, file, 0, 5)
+    share.ask(Rename, ROOT, b"f", ROOT, b"g")
+    share.ask(Rename, ROOT, b"g", ROOT, b"f")
+
+
+def fresh_read(share: Served, file: int) -> None:
+    own_write(share, file)
+    share.bytes(Read, file, 0, 5)
+
+
+OWN = [own_write, own_mode, own_names, fresh_read]
+
+
+@pytest.mark.parametrize("change", OWN)
+def test_what_the_guest_itself_did_to_a_watched_file_is_no_other_data(
+    watched: Served, change: Callable[[Served, int], None]
+) -> None:
+    file = watched.node("f")
+    watched.ask(GetAttributes, file)
+    change(watched, file)
+    assert not stale(watched, file)
+    change(watched, file)
+    assert not stale(watched, file)
+
+
+@pytest.mark.parametrize("change", OWN)
+def test_what_programs_did_to_a_watched_file_is(
+    watched: Served, change: Callable[[Served, int], None]
+) -> None:
+    """As soon as it shows, which may be before they are heard of."""
+    file = watched.node("f")
+    watched.ask(GetAttributes, file)
+    change(watched, file)
+    host_writes(watched)
+    assert stale(watched, file)
+
+
+@pytest.mark.parametrize("change", [own_write, fresh_read])
+def test_what_may_have_been_missed_is_doubted(watched: Served, change: Callable[[Served, int], None]) -> None:
+    file = watched.node("f")
+    watched.ask(GetAttributes, file)
+    change(watched, file)
+    watched.options["watches"].epoch += 1
+    assert stale(watched, file)
+    change(watched, file)
+    watched.options["watches"].marked.clear()
+    watched.options["watches"].full = True
+    assert stale(watched, file)
+
+
+def test_a_doubt_from_before_it_was_watched_stays(watched: Served) -> None:
+    watches = watched.options["watches"]
+    watches.full = True
+    file = watched.node("f")
+    own_write(watched, file)
+    watches.full = False
+    own_write(watched, file)
+    assert stale(watched, file)
 
 
 def test_a_change_on_the_host_is_reported_once(share: Served, file: int) -> None:

@@ -1,0 +1,20 @@
+"""What the command line prints for programs; without rich, which takes its time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from protocol.api import InstanceStatus
+
+
+def as_json(value: Any) -> None:
+    """Print ``value`` (of dataclasses, lists, enums) as one JSON document."""
+    json.dump(value, sys.stdout, indent=2, default=str)
+    sys.stdout.write("\n")
+
+
+def status_json(status: InstanceStatus) -> None:
+    as_json(asdict(status))
