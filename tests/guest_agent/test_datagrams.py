@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import AsyncIterator
 
@@ -13,6 +12,7 @@ from protocol.datagrams import MAX_DATAGRAM, DatagramReader, encode
 from protocol.errors import ErrorCode, OpenRefused, StreamReset
 from protocol.link import Link
 from protocol.muxstream import MuxStream
+from tests.descriptors import open_descriptors
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ async def server() -> AsyncIterator[trio.socket.SocketType]:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_descriptors())
 
 
 async def until_reset(stream: MuxStream) -> StreamReset:

@@ -17,6 +17,7 @@ from protocol.api import Exec, WindowSize
 from protocol.errors import ErrorCode, OpenRefused
 from protocol.execio import Exit, Resize, Signal, Stderr, Stdin, StdinEof, Stdout
 from protocol.link import Link, MuxStream
+from tests.descriptors import open_descriptors
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 
@@ -370,7 +371,7 @@ async def test_a_host_that_talks_nonsense_is_told_so_and_the_process_ends(host: 
 
 @pytest.fixture(autouse=True)
 def no_descriptors_are_left() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     yield
     with suppress(OSError):
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert len(open_descriptors()) <= before

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import subprocess
@@ -15,6 +14,7 @@ import trio
 from guest_agent.listeners import Protos, Snapshot
 from guest_agent.sockdiag import Row, open_dumper, parse_message, parse_row, still_serving
 from protocol.api import Listener, Proto
+from tests.descriptors import open_descriptors
 
 # A listener on 127.0.0.1:52357 as Linux 6.18 tells it (without the netlink header): inet_diag_msg, then
 # the attributes SHUTDOWN, MARK, CGROUP_ID (0x1_0000_0002) and SOCKOPT.
@@ -173,8 +173,8 @@ async def test_the_socket_and_the_thread_are_gone_afterwards() -> None:
     for _ in range(3):
         async with open_dumper() as dumper:
             await dumper.listeners()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     for _ in range(5):
         async with open_dumper() as dumper:
             await dumper.listeners()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(open_descriptors()) <= before

@@ -17,6 +17,7 @@ import trio
 from host_agent import descriptor_store
 from host_agent.descriptor_store import DescriptorStore
 from host_agent.fileserver.keepsakes import MAX_AT_ONCE, Message, Name, prepare, receive, send
+from tests.descriptors import open_descriptors
 
 
 def names(count: int, first: int = 2) -> list[Name]:
@@ -24,7 +25,7 @@ def names(count: int, first: int = 2) -> list[Name]:
 
 
 def open_count() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_descriptors())
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_the_processs_limit_is_what_comes_without_a_descriptor(file: int, store:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with store.opened() as (_, theirs):
         send(theirs, (), [(name, file) for name in names(5)])
-        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        highest = max(open_descriptors())
         fillers = []
         while not fillers or fillers[-1] < highest:
             fillers.append(os.dup(file))

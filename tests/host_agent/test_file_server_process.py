@@ -17,6 +17,7 @@ import trio.testing
 from host_agent import file_server_process
 from host_agent.file_server_process import end_predecessor, record, started
 from host_agent.process import ProcessIdentity
+from tests.descriptors import open_descriptors
 
 #: Ends with its control socket: what follows are the words --control-fd N --store-fd N.
 SOUND = ["/bin/bash", "-c", 'echo "$0 $2"; read -r -u "$1"']
@@ -47,11 +48,11 @@ async def test_one_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pyte
 
 
 async def test_one_that_cannot_be_started_leaves_nothing_open(tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with pytest.raises(FileNotFoundError):
         async with running(["/nonexistent/program"], tmp_path / "log"):
             pass
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert len(open_descriptors()) <= before
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from protocol.lane import READABLE, Lane
 from protocol.link import Hello, Incoming, Link, MuxStream, OnOpened, Role, SendEarly, Service
 from protocol.serial import SocketPort
 from protocol.splice import abort
+from tests.descriptors import open_descriptors
 from tests.free_ports import free_port
 
 Server = Callable[[trio.abc.HalfCloseableStream], object]
@@ -370,7 +371,7 @@ async def test_a_closed_port_refuses_at_once_and_its_connections_live_on(port: i
 
 
 async def test_two_hundred_connections_at_once_leave_nothing_behind(port: int) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     async with forwarding(port):
         async with AsyncExitStack() as stack:
             clients = []
@@ -382,7 +383,7 @@ async def test_two_hundred_connections_at_once_leave_nothing_behind(port: int) -
             for number, client in enumerate(clients):
                 assert await client.receive_some() == b"%d" % number
         await trio.testing.wait_all_tasks_blocked(0.05)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(open_descriptors()) <= before + 2
 
 
 async def test_beyond_the_limit_of_connections_clients_wait_for_a_place(
@@ -679,7 +680,7 @@ async def test_a_runner_that_ends_closes_its_ports_and_resets_its_connections(po
 
 
 async def test_two_hundred_ports_open_and_close_at_once() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     async with running() as (runner, events, _):
         ports = [on(port) for port in range(20_000, 20_200)]
         await runner.on_listeners(Listeners(True, ports))
@@ -687,9 +688,9 @@ async def test_two_hundred_ports_open_and_close_at_once() -> None:
         assert len(states) == 200
         opened = states.count(ForwardState.LISTENING)
         assert opened > 150, "others of this machine may have a few of them"
-        assert len(os.listdir("/proc/self/fd")) >= before + opened * len(HOSTS)
+        assert len(open_descriptors()) >= before + opened * len(HOSTS)
         await runner.on_listeners(Listeners(False, [], ports))
-        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        assert len(open_descriptors()) <= before + 2
         assert [event.kind for event in events].count("port-closed") == 200
 
 

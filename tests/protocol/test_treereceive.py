@@ -17,6 +17,7 @@ from protocol.errors import DecodeError
 from protocol.treecopy import Cut, Entry, Kind, encode
 from protocol.treereceive import CannotReceive, Receiver
 from protocol.treesend import Sender, top_name
+from tests.descriptors import open_descriptors
 
 AS_USER = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 
@@ -314,9 +315,9 @@ def test_a_dot_is_the_destination_and_no_file(tmp_path: Path) -> None:
 
 
 def test_descriptors_are_given_back(source: Path, tmp_path: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     data = sent(source)
     received(data, tmp_path / "copy")
     with pytest.raises(Cut):
         received(data[:-200], tmp_path / "copy")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before

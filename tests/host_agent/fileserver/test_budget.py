@@ -13,6 +13,7 @@ import pytest
 
 from host_agent.fileserver.budget import FEWEST, MOST_NODES, Budget
 from protocol.files import ROOT, Create, GetAttributes, Lookup, Read
+from tests.descriptors import open_descriptors
 from tests.host_agent.fileserver.served import serving
 
 
@@ -74,7 +75,7 @@ def test_a_new_share_takes_its_part(tmp_path: Path) -> None:
 def no_descriptors_left() -> Iterator[None]:
     """All that the process may open are open, by somebody who gives nothing back."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    highest = max(open_descriptors())
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
     spare: list[int] = []
     try:

@@ -15,6 +15,7 @@ import pytest
 from host_agent.fileserver import mountwatch
 from host_agent.fileserver.mountwatch import Mount, MountWatch, concerns, parse
 from protocol.lane import Lane
+from tests.descriptors import open_descriptors
 
 MOUNTINFO = rb"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 23 22 0:21 / /proc rw,nosuid - proc proc rw
@@ -150,11 +151,11 @@ def test_sleep(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_that_is_awake(lane: Lane) -> None:
     assert mountwatch._asleep() > -mountwatch.ASLEEP
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     heard = Heard(lane)
     lane.turn()
     assert (heard.mounts, heard.sleeps) == ([], [])
     with suppress(BlockingIOError):
         assert os.read(heard.watch._timer, 8) == b"", "it does not expire by itself"
     heard.watch.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before

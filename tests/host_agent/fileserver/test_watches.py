@@ -20,6 +20,7 @@ from host_agent.fileserver.linux import failure, fstatx
 from host_agent.fileserver.nodes import Node
 from host_agent.fileserver.watches import Changes, Watches
 from protocol.lane import Lane
+from tests.descriptors import open_descriptors
 from tests.host_agent.fileserver.stranger import FILESYSTEMS, Stranger, watchable
 
 WRITTEN = fanotify.MODIFY | fanotify.CLOSE_WRITE
@@ -537,9 +538,9 @@ def test_a_file_is_found_by_its_name_to_take_its_mark(scene: Scene) -> None:
         node.dead = True
     (directory,) = scene.known("d")
     (root,) = scene.known(".")
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     scene.watches.forget(1, file, root.descriptor, b"a")
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
     assert marks() == scene.watches.marks == 3
     os.rename(scene.place / "d" / "b", scene.place / "d" / "c")
     os.rename(scene.place / "a", scene.place / "d" / "b")
@@ -615,7 +616,7 @@ def test_a_share_that_is_closed(scene: Scene) -> None:
 
 
 def test_the_end(scene: Scene) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     another = scene.another()
     node = scene.node("a")
     assert another.sample(1, node) is not None
@@ -625,7 +626,7 @@ def test_the_end(scene: Scene) -> None:
     assert another.sample(1, scene.node("d")) is None
     scene.stranger("echo >> a")
     assert scene.hear() == []
-    assert len(os.listdir("/proc/self/fd")) <= len(before) + 2
+    assert len(open_descriptors()) <= len(before) + 2
 
 
 # --- all at once ---------------------------------------------------------------------------------------
