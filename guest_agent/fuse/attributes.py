@@ -41,12 +41,12 @@ async def getattr_(volume: Volume, request: Request) -> bytes:
     try:
         attributes = await volume.host.ask(GetAttributes(volume.share, request.unique ^ volume.salt, node))
         if attributes.stale or volume.is_dropping(node):
-            await volume.drop_for_attributes(node)
+            await volume.drop_for_attributes(node, request.pid)
         if attributes.promise & ATTRIBUTES and volume.is_alone:
             known.learn(node, attributes.attr, asked)
     finally:
         known.end()
-        volume.asked(node)
+        volume.asked(node, request.pid)
     return bodies.attr_out(attributes.attr, volume.valid(node, attributes.attr, attributes.promise))
 
 

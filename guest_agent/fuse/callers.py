@@ -1,4 +1,4 @@
-"""Whether the thread that waits for an answer is about to be killed.
+"""The threads that wait for an answer: whether one is about to be killed, and whether it has taken its answer.
 
 FUSE tells a server that the caller of a request has had *a* signal (INTERRUPT), and not which: it may be one that
 a handler takes, or the stop and the continuation of a job. It tells so once for each request; after that the
@@ -7,6 +7,9 @@ whether anybody is to die is read from /proc, and again while the request waits.
 
 Format: proc_pid_status(5), from whose masks signals are read as bit number - 1. Reading it takes no lock that a
 thread in the middle of a request may hold (unlike cmdline or maps: mmap_lock).
+
+An answer is taken by the thread itself, in the kernel, when it gets a processor; on a busy machine that takes many
+milliseconds. /proc/TID/schedstat (proc(5); its third number, since Linux 2.6.9) counts how often it got one.
 """
 
 from __future__ import annotations
@@ -64,3 +67,15 @@ def is_dying(thread: int) -> bool:
             return dies_by(file.read())
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def times_run(thread: int) -> int | None:
+    """How often ``thread`` has been given a processor. One that slept when this was asked, and that was woken, goes on
+    once it is another number. None: nobody knows, or it is gone."""
+    if not thread:
+        return None
+    try:
+        with open(f"/proc/{thread}/schedstat", "rb") as file:
+            return int(file.read().split()[2])
+    except (OSError, IndexError):
+        return None

@@ -30,7 +30,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol
 
-from guest_agent.fuse import bodies
+from guest_agent.fuse import bodies, callers
 from guest_agent.fuse.contents import Contents
 from guest_agent.fuse.directories import ATTR_TYPE, NameChange, is_directory
 from guest_agent.fuse.forgetting import Forgets, fresh_uniques
@@ -64,10 +64,10 @@ APPEND_PATIENCE: Final = 0.02
 the kernel holds the page until the answer, and nobody sees it meanwhile."""
 
 AFTER_ANSWER: Final = 0.002
-"""Seconds after the answer to a GETATTR until its caller will have stored it."""
+"""Seconds after the answer to a GETATTR until its caller will have stored it, if it was given a processor meanwhile."""
 
 MOST_HELD_BACK: Final = 0.1
-"""Seconds for which an invalidation waits for that answer."""
+"""Seconds for which an invalidation waits for that answer, and once more until it is stored."""
 
 
 class Dropper(Protocol):
@@ -97,6 +97,7 @@ class Volume:
         host_locks: bool = False,
         volumes: set[Volume] | None = None,
         inherited: bool = False,
+        times_run: Callable[[int], int | None] = callers.times_run,
     ) -> None:
         self.share = share
         self.host = host
@@ -129,6 +130,7 @@ class Volume:
             other.xattrs.void()
         self._volumes.add(self)
         self._notifier = notifier
+        self._times_run = times_run
         self._held_back: dict[int, set[int]] = {}
         """Nodes that are invalidated after an answer, and the directories that they are reached through."""
         self._dropping: dict[int, int] = {}
@@ -146,13 +148,13 @@ class Volume:
         """Await it to have the kernel's copy of a file's data dropped."""
         return _Drop(self._drop, node)
 
-    async def drop_for_attributes(self, node: int) -> None:
-        """Before the answer to a GETATTR, which the kernel then does not store; the host takes its size for known. So
-        the next answer goes first, and the drop follows: else the kernel would never learn the size of a file that
-        changes all the time (a read ends early, copy_file_range(2) returns 0 for ever)."""
+    async def drop_for_attributes(self, node: int, thread: int) -> None:
+        """Before the answer to a GETATTR of ``thread``, which the kernel then does not store; the host takes its size
+        for known. So the next answer goes first, and the drop follows: else the kernel would never learn the size of a
+        file that changes all the time (a read ends early, copy_file_range(2) returns 0 for ever)."""
         if node in self.unlearned and node not in self._dropping:
             self.unlearned.discard(node)
-            self.timers.after(AFTER_ANSWER, partial(self._drop, node, _nothing))
+            self._once_stored(thread, partial(self._drop, node, _nothing))
         else:
             self.unlearned.add(node)
             await self.drop(node)
@@ -281,13 +283,27 @@ class Volume:
             return None
         return bodies.entry_out(known.node, known.attr, self.valid(known.node, known.attr, NAME | ATTRIBUTES))
 
-    def asked(self, node: int) -> None:
-        """A GETATTR of ``node`` is about to be answered."""
+    def asked(self, node: int, thread: int) -> None:
+        """A GETATTR of ``node`` is about to be answered to ``thread``."""
         self.asking[node] -= 1
         if not self.asking[node]:
             del self.asking[node]
             if node in self._held_back:
-                self.timers.after(AFTER_ANSWER, partial(self._let_through, node))
+                self._once_stored(thread, partial(self._let_through, node))
+
+    def _once_stored(self, thread: int, then: Callable[[], None]) -> None:
+        """``then``, once ``thread``, which sleeps and is about to be answered, has stored the answer: after it was
+        given a processor, which a busy machine may be late with. An invalidation before that would undo the answer,
+        and a read(2) go by the size of before although somebody has been told the new one."""
+        runs = self._times_run(thread)
+
+        def look(patience: float) -> None:
+            if runs is None or patience <= 0 or self._times_run(thread) != runs:
+                then()
+            else:
+                self.timers.after(AFTER_ANSWER, partial(look, patience - AFTER_ANSWER))
+
+        self.timers.after(AFTER_ANSWER, partial(look, MOST_HELD_BACK))
 
     def _hold_back(self, changed: Changed) -> Changed:
         """Returns what is to be taken back at once."""

@@ -682,7 +682,7 @@ async def test_a_runner_that_ends_closes_its_ports_and_resets_its_connections(po
 async def test_two_hundred_ports_open_and_close_at_once() -> None:
     before = len(open_descriptors())
     async with running() as (runner, events, _):
-        ports = [on(port) for port in range(20_000, 20_200)]
+        ports = [on(port) for port in range(30_000, 30_200)]
         await runner.on_listeners(Listeners(True, ports))
         states = [row.state for row in runner.rows()]
         assert len(states) == 200

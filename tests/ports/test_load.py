@@ -58,17 +58,26 @@ def test_load_leaves_nothing_behind(ports: Ports) -> None:
     ports.wait()
 
 
-def test_silence_costs_nothing(ports: Ports, request: pytest.FixtureRequest) -> None:
-    """Fifty listeners, and nothing happens. The clocks of processes are exact, so some seconds tell."""
-    seconds = 60.0 if request.config.getoption("--long") else 15.0
-    ports.programs.listen(FIRST, 50)
-    ports.wait(listening=50)
-    time.sleep(2)  # what is still being confirmed
+def silences(request: pytest.FixtureRequest) -> list[float]:
+    return [60.0] if request.config.getoption("--long") else [5.0] * 3
+
+
+def share_of_a_core(ports: Ports, seconds: float) -> list[float]:
+    """What the host agent and the guest agent use in the next ``seconds``."""
     pids = (ports.host.pid, ports.guest.pid)
     started, before = time.monotonic(), [cpu_seconds(pid) for pid in pids]
     time.sleep(seconds)
     used = [cpu_seconds(pid) - had for pid, had in zip(pids, before, strict=True)]
-    shares = [each / (time.monotonic() - started) for each in used]
+    return [each / (time.monotonic() - started) for each in used]
+
+
+def test_silence_costs_nothing(ports: Ports, request: pytest.FixtureRequest) -> None:
+    """Fifty listeners, and nothing happens. The clocks of processes are exact, so some seconds tell; the quietest of three
+    times, since both agents see the machine's other programs connect, too."""
+    ports.programs.listen(FIRST, 50)
+    ports.wait(listening=50)
+    time.sleep(2)  # what is still being confirmed
+    shares = min((share_of_a_core(ports, seconds) for seconds in silences(request)), key=max)
     print(f"idle with 50 listeners: host agent {shares[0]:.3%}, guest agent {shares[1]:.3%} of a core")
     assert max(shares) < IDLE, shares
     ports.programs.close(FIRST, 50)

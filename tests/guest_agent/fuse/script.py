@@ -128,6 +128,8 @@ class Script:
         self.timers = ScriptedTimers()
         self.dying: set[int] = set()
         """Threads that are to be killed."""
+        self.runs: dict[int, int] = {}
+        """How often threads have been given a processor, where that is known."""
         self.host = Host(lambda thread: thread in self.dying)
         self.link = ScriptedLink()
         if connected:
@@ -143,6 +145,7 @@ class Script:
             host_locks=host_locks,
             volumes=self.volumes,
             inherited=inherited,
+            times_run=lambda thread: self.runs.get(thread),
         )
         self._filesystem = Filesystem(self.kernel, self.volume)
         self._unique = 0

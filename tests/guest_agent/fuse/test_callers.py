@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from guest_agent.fuse.callers import dies_by, is_dying
+from guest_agent.fuse.callers import dies_by, is_dying, times_run
 
 STATUS = """Name:\tcat
 State:\tD (disk sleep)
@@ -93,6 +93,24 @@ def test_the_masks_of_a_real_process_are_read() -> None:
         )
         child.kill()
         child.wait(timeout=30)
+
+
+def test_a_thread_that_slept_and_was_woken_is_told_from_one_that_sleeps() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        wait_until(lambda: "State:\tS" in status_of(child.pid))
+        before = times_run(child.pid)
+        assert before
+        assert times_run(child.pid) == before
+        child.stdin.write(b"x")
+        child.stdin.flush()
+        child.stdout.read(1)
+        assert (times_run(child.pid) or 0) > before
+        child.stdin.close()
+        child.wait(timeout=30)
+    assert times_run(child.pid) is None
+    assert times_run(0) is None
 
 
 def status_of(pid: int) -> str:

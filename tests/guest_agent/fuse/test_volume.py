@@ -332,6 +332,54 @@ def test_no_answer_holds_it_back_for_long() -> None:
     assert it.timers.waiting == []
 
 
+def test_what_comes_after_an_answer_waits_until_the_caller_was_given_a_processor() -> None:
+    it = Script()
+    it.runs[42] = 3
+    it.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=9)
+    it.volume.take_back(Changed(7, nodes=[9], through=[5]))
+    it.take().answer(Attributes(FILE))
+    it.timers.waiting.pop(0)
+    for _ in range(5):
+        assert it.timers.fire() == volume.AFTER_ANSWER
+        assert taken_back(it.notifier) == []
+    it.runs[42] = 4
+    it.timers.fire()
+    assert taken_back(it.notifier) == [[(5, b"\x01barrier"), (9, 0)]]
+    assert it.timers.waiting == []
+
+
+def test_nor_does_it_wait_for_ever() -> None:
+    it = Script()
+    it.runs[42] = 3
+    it.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=9)
+    it.volume.take_back(Changed(7, nodes=[9], through=[5]))
+    it.take().answer(Attributes(FILE))
+    it.timers.waiting.pop(0)
+    waited = 0.0
+    while it.timers.waiting:
+        assert taken_back(it.notifier) == []
+        waited += it.timers.fire()
+    assert taken_back(it.notifier) == [[(5, b"\x01barrier"), (9, 0)]]
+    assert volume.MOST_HELD_BACK < waited < 2 * volume.MOST_HELD_BACK
+
+
+def test_the_second_alarm_drops_once_its_answer_is_stored() -> None:
+    """The first answer is dropped before, and the kernel did not learn the size from it."""
+    it = Script()
+    it.runs[42] = 3
+    it.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=9)
+    it.take().answer(Attributes(FILE, stale=True))
+    it.notifier.finish()
+    second = it.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=9)
+    it.take().answer(Attributes(FILE, stale=True))
+    assert it.kernel.log[-1][1] == second
+    it.timers.fire()
+    assert it.notifier.waiting == []
+    it.runs[42] = 4
+    it.timers.fire()
+    assert [node for node, _ in it.notifier.waiting] == [9]
+
+
 # --- what the host says --------------------------------------------------------------------------------
 
 
