@@ -321,17 +321,17 @@ def test_fsync_says_what_a_write_did_not(with_memory: bool) -> None:
 
 
 def test_a_host_that_is_away_for_longer_than_anybody_waits() -> None:
-    with Plane(patience=1.5) as plane:
+    with Plane(patience=5) as plane:
         (plane.host / "file").write_text("content")
         plane.sh("cat file")
         plane.server.kill()
         begun = time.monotonic()
         absolute = str(plane.guest / "file")
         assert errno_of(plane, f"os.stat({absolute!r})", cwd=Path("/")) == "EIO"
-        assert 1 < time.monotonic() - begun < 20
+        assert 4 < time.monotonic() - begun < 30
         begun = time.monotonic()
         assert errno_of(plane, f"open({absolute!r}, 'w')", cwd=Path("/")) == "EIO"
-        assert time.monotonic() - begun < 1.5  # by now it is known
+        assert time.monotonic() - begun < 5  # by now it is known
         plane.start_server()
         plane.wait_mounted()
         assert plane.sh("cat file; echo x >>file") == "content"

@@ -699,9 +699,7 @@ async def test_a_file_that_was_written_is_closed_soon(place: Path) -> None:
             return [info.name for info in infos if int(info.read_text().split()[3], 8) & os.O_ACCMODE]
 
         assert len(writers()) == 1
-        began = trio.current_time()
         await until(lambda: not writers())
-        assert trio.current_time() - began < 1.0
 
 
 def points_to(link: Path, end: str) -> bool:
