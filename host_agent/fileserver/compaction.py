@@ -57,7 +57,7 @@ class _Survey:
         self._since: dict[int, int] = {}
         """The place of the entry behind which a share's nodes count: it was dropped there."""
         self._renamed: dict[int, set[int]] = {}
-        """Nodes that have lost a name."""
+        """Nodes that have lost a name, or that were forgotten once: of these all entries are gone through."""
         self._parents: dict[int, set[int]] = {}
         self.lacks_directories = False
         """A directory may be needed that is not kept."""
@@ -86,12 +86,18 @@ class _Survey:
             self.lacks_directories |= parent > _ROOT and parent not in nodes
         elif kind == Kind.COUNTED:
             _, share, node, lookups = entry
-            if node in self._kept.get(share, ()):
+            nodes = self._kept.setdefault(share, {})
+            if node in nodes:
                 new.pop((share, node), None)
                 if lookups > 0:
-                    self._kept[share][node] = lookups
+                    nodes[node] = lookups
                 else:
                     self._drop(share, node)
+            elif lookups > 0:
+                # It was forgotten, and is known again by the names that it had.
+                nodes[node] = lookups
+                self._renamed.setdefault(share, set()).add(node)
+                self.lacks_directories = True
         elif kind == Kind.UNLINKED:
             _, share, node, _parent, _name = entry
             if node in self._kept.get(share, ()):
@@ -127,7 +133,7 @@ class _Survey:
         renamed = Ledger()
         for share, nodes, entry in self._of_nodes(entries):
             node = entry[2]
-            if node not in nodes or entry[0] == Kind.COUNTED:
+            if node not in nodes:
                 continue
             if node in self._renamed.get(share, ()):
                 renamed.apply(entry)
@@ -137,8 +143,6 @@ class _Survey:
                     nodes[node] = 0
                     yield [Kind.COUNTED, share, node, lookups]
         for share, records in renamed.nodes.items():
-            for node, record in records.items():
-                record.lookups = self._kept[share][node]
             yield from node_entries(share, records)
 
     def _of_nodes(self, entries: Iterator[Entry]) -> Iterator[tuple[int, dict[int, int], Entry]]:

@@ -6,7 +6,7 @@ import tracemalloc
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from host_agent.fileserver import compaction
@@ -152,6 +152,10 @@ ENTRIES = st.lists(
 )
 
 
+@example(entries=[node(3), counted(3, 0), counted(3, 1)])
+@example(
+    entries=[node(2), node(3, 2), counted(3), unlinked(3, 2), counted(2, 0), counted(3, 0), counted(3, 1)]
+)
 @settings(max_examples=200, deadline=None)
 @given(entries=ENTRIES)
 def test_every_journal_means_the_same_afterwards(entries: list[Entry]) -> None:
