@@ -207,7 +207,7 @@ async def _on_pipes(
 async def _on_terminal(
     target: Exec, account: Account, program: str, argv: list[str], options: dict[str, Any]
 ) -> Child:
-    """``setsid --ctty`` makes the session and takes the terminal: it is a small C program, where a
+    """``setsid -c`` (as busybox has it, too) makes the session and takes the terminal: it is a small C program, where a
     ``preexec_fn`` would run Python between fork and exec of a process with threads."""
     setsid = shutil.which("setsid", path=ROOT_PATH)
     if setsid is None:
@@ -216,7 +216,7 @@ async def _on_terminal(
     try:
         _prepare_terminal(slave, account, target.tty or WindowSize(24, 80))
         process: trio.Process = await trio.lowlevel.open_process(
-            [setsid, "--ctty", program, *argv[1:]], stdin=slave, stdout=slave, stderr=slave, **options
+            [setsid, "-c", program, *argv[1:]], stdin=slave, stdout=slave, stderr=slave, **options
         )
     except BaseException:
         os.close(master)

@@ -14,6 +14,7 @@ milliseconds. /proc/TID/schedstat (proc(5); its third number, since Linux 2.6.9)
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from typing import Final
@@ -66,7 +67,20 @@ def is_dying(thread: int) -> bool:
         with open(f"/proc/{thread}/status", "rb") as file:
             return dies_by(file.read())
     except (FileNotFoundError, ProcessLookupError):
+        return not _exists(thread)
+    except PermissionError:
+        return False
+
+
+def _exists(thread: int) -> bool:
+    """Also where /proc hides the processes of others (hidepid, proc(5)), and one's own that may not be traced."""
+    try:
+        os.kill(thread, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
         return True
+    return True
 
 
 def times_run(thread: int) -> int | None:

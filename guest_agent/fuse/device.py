@@ -31,8 +31,6 @@ from protocol.lane import READABLE, Lane
 
 log = logging.getLogger(__name__)
 
-DEVICE = "/dev/fuse"
-
 BATCH = 64
 """Requests answered in a row. Trio's own turn costs some 300 us in an emulated guest, a request about as much."""
 
@@ -78,12 +76,7 @@ class Connection:
 
         Raises ``mounting.MountError``. The mount answers nobody until ``serve`` runs.
         """
-        fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            device = mounting.mount(fd, spec)
-        except BaseException:
-            os.close(fd)
-            raise
+        fd, device = mounting.mount_afresh(spec)
         return cls(fd, spec, None, device)
 
     @classmethod

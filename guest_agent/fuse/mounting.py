@@ -10,6 +10,8 @@ The laws:
   still uses it in its old place shares the cache, and the fate, of who walks there anew.
 - The superblock of a read-only share is writable and its *mount* is not: what is shown read-only can still
   raise events and be written to by the server's own means.
+- An ordinary user mounts and unmounts (``fusermount``), and cannot do anything else here: what cannot be changed in
+  its place is taken off and mounted anew by whoever asks.
 
 Sources: mount(2), umount2(2), open_tree(2), move_mount(2); for options Documentation/filesystems/fuse.rst.
 """
@@ -24,8 +26,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
+from guest_agent.fuse import fusermount
 from guest_agent.fuse.mountinfo import (
     FILE_SYSTEM,
     SOURCE_PREFIX,
@@ -54,6 +58,11 @@ FSCONFIG_CMD_RECONFIGURE = 7
 
 CHILD_TIMEOUT = 60.0
 """Seconds for a mount inside of another share: twice as long as that one waits for an absent host."""
+
+DEVICE = "/dev/fuse"
+
+CONNECTIONS = "/sys/fs/fuse/connections"
+"""Where the kernel lets the owner of a mount end it (Documentation/filesystems/fuse.rst, "Control filesystem")."""
 
 _MODULE = "guest_agent.fuse.mounting"
 """Our own name, also where we are ``__main__``."""
@@ -86,11 +95,18 @@ def outermost_first(specs: Iterable[MountSpec]) -> list[MountSpec]:
 # --- mounting ------------------------------------------------------------------------------------------
 
 
+def is_root() -> bool:
+    """Whether mounts are ours to make and change; else ``fusermount`` makes them, and nobody changes them."""
+    return os.geteuid() == 0
+
+
 def read_ahead(device: int) -> None:
     """Let the kernel read ``READ_AHEAD`` ahead on the mount whose superblock has ``device`` as its minor number.
 
-    After INIT, which can only lower it.
+    After INIT, which can only lower it. Root alone may set it.
     """
+    if not is_root():
+        return
     try:
         with open(f"/sys/class/bdi/0:{device}/read_ahead_kb", "w") as setting:
             setting.write(str(READ_AHEAD >> 10))
@@ -118,6 +134,57 @@ def mount(fd: int, spec: MountSpec) -> int:
     else:
         _mount_here(fd, spec)
     return _device(spec, mounted_shares(read_mounts()))
+
+
+def mount_afresh(spec: MountSpec) -> tuple[int, int]:
+    """As ``mount``, by whoever we are; returns the device, which is the caller's, and the superblock's minor number.
+
+    Raises ``MountError``, and ``OSError`` if there is no /dev/fuse.
+    """
+    if not is_root():
+        return _mount_as_user(spec)
+    fd = os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return fd, mount(fd, spec)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _mount_as_user(spec: MountSpec) -> tuple[int, int]:
+    check_path(spec.path)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        if not leads_through_a_share(spec.path, read_mounts()):
+            _mount_as_user_here(theirs, spec)
+        elif fusermount.may_allow_other():
+            keeper = theirs.fileno()
+            _in_child([keeper], "hand-over", str(keeper), str(spec.share), spec.path, _mode(spec.read_only))
+        else:
+            # fusermount3 walks as root, to whom the kernel does not show another user's share.
+            raise MountError(
+                f"{spec.path} is inside of another share: without root that takes user_allow_other in "
+                f"{fusermount.CONFIGURATION} on the machine"
+            )
+        theirs.close()
+        try:
+            fd = fusermount.take(ours)
+        except fusermount.Refused as error:
+            raise MountError(f"{spec.path} cannot be mounted: {error}") from error
+    try:
+        return fd, _device(spec, mounted_shares(read_mounts()))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _mount_as_user_here(keeper: socket.socket, spec: MountSpec) -> None:
+    make_mountpoint(spec.path)
+    try:
+        said = fusermount.options(spec.source, FILE_SYSTEM, read_only=spec.read_only)
+        fusermount.mount(spec.path, said, keeper)
+    except fusermount.Refused as error:
+        raise MountError(f"{spec.path} cannot be mounted: {error}") from error
 
 
 def _device(spec: MountSpec, mounts: list[Mount]) -> int:
@@ -148,6 +215,11 @@ def make_mountpoint(path: str) -> None:
         os.makedirs(path, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise MountError(f"{path} exists in the guest and is not a directory") from error
+    except PermissionError as error:
+        raise MountError(
+            f"{path} cannot be made in the guest: {error.strerror}"
+            + ("" if is_root() else "; mount it elsewhere, or have root make it there and give it to you")
+        ) from error
     except OSError as error:
         raise MountError(f"{path} cannot be made in the guest: {error.strerror}") from error
 
@@ -192,11 +264,34 @@ def _is_ours(path: str, mounts: list[Mount]) -> bool:
 
 
 def _unmount_here(path: str, force: bool) -> None:
+    if not is_root():
+        return _unmount_as_user(path, force)
     try:
         _umount(path, UMOUNT_NOFOLLOW | MNT_DETACH | (MNT_FORCE if force else 0))
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody else was faster
             raise MountError(f"{path} cannot be unmounted: {error.strerror}") from error
+    return None
+
+
+def _unmount_as_user(path: str, force: bool) -> None:
+    if force:
+        for mount in mounted_shares(read_mounts()):
+            if mount.path == path:
+                _abort(mount.device)
+    try:
+        fusermount.unmount(path)
+    except fusermount.Refused as error:
+        if any(
+            mount.path == path for mount in mounted_shares(read_mounts())
+        ):  # else somebody else was faster
+            raise MountError(f"{path} cannot be unmounted: {error}") from error
+
+
+def _abort(device: int) -> None:
+    """End a connection that is ours, where the kernel offers it; without that it ends with its last descriptor."""
+    with suppress(OSError), open(f"{CONNECTIONS}/{device}/abort", "w") as switch:
+        switch.write("1")
 
 
 # --- making room -----------------------------------------------------------------------------------------
@@ -211,6 +306,7 @@ def detach(path: str) -> int:
     mounts = read_mounts()
     if not _is_ours(path, mounts):
         raise MountError(f"{path} was unmounted by somebody else")
+    _only_root(f"{path} cannot be detached")
     if not leads_through_a_share(path, mounts):
         return _detach_here(path)
     ours, theirs = socket.socketpair()
@@ -261,6 +357,7 @@ def set_read_only(path: str, read_only: bool) -> bool:
     mounts = read_mounts()
     if not _is_ours(path, mounts):
         raise MountError(f"{path} was unmounted by somebody else")
+    _only_root(f"{path} cannot be made {_mode(read_only)}")
     if not leads_through_a_share(path, mounts):
         return _change_mode_here(path, read_only)
     try:
@@ -278,6 +375,11 @@ def _change_mode_here(path: str, read_only: bool) -> bool:
             return False
         raise MountError(f"{path} cannot be made {_mode(read_only)}: {error.strerror}") from error
     return True
+
+
+def _only_root(failure: str) -> None:
+    if not is_root():
+        raise MountError(f"{failure}: only root changes a mount")
 
 
 def _mode(read_only: bool) -> str:
@@ -404,12 +506,15 @@ def _in_child(fds: list[int], *arguments: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """``mount FD SHARE PATH ro|rw``, ``unmount PATH lazy|force``, ``detach PATH SOCKET``, ``attach FD PATH ro|rw``,
-    ``mode PATH ro|rw`` or ``purge PATH``."""
+    """``mount FD SHARE PATH ro|rw``, ``hand-over SOCKET SHARE PATH ro|rw``, ``unmount PATH lazy|force``,
+    ``detach PATH SOCKET``, ``attach FD PATH ro|rw``, ``mode PATH ro|rw`` or ``purge PATH``."""
     try:
         match arguments:
             case ["mount", fd, share, path, mode]:
                 _mount_here(int(fd), MountSpec(int(share), path, read_only=mode == "ro"))
+            case ["hand-over", keeper, share, path, mode]:
+                with socket.socket(fileno=int(keeper)) as kept:
+                    _mount_as_user_here(kept, MountSpec(int(share), path, read_only=mode == "ro"))
             case ["unmount", path, how]:
                 _unmount_here(path, how == "force")
             case ["detach", path, keeper]:

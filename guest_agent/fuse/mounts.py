@@ -5,11 +5,13 @@ The laws:
 - A mount is served until the kernel says that nobody has it any more: what was unmounted lazily may still be
   in use by a container.
 - A share whose place stays keeps its superblock, whatever comes or goes around it and whether it may be written
-  to: two superblocks of one share would not know of each other's writes.
+  to: two superblocks of one share would not know of each other's writes. Where the agent is not root it gets another;
+  who still uses the one before goes on with that.
 - The descriptor of each mount is in systemd's store for as long as the mount is there. Only its end, or this
   agent's orderly one, takes it out: whatever else ends this process, a successor goes on.
 - A path may lead through a share of ours. Mounting is a worker thread's work, while this one serves.
-- What a predecessor promised of names that are not there nobody knows: with its connection comes a purge.
+- What a predecessor promised of names that are not there nobody knows: with its connection comes a purge. (Only systemd
+  keeps connections, and only for root.)
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ import array
 import json
 import os
 import queue
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +25,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 SCRIPT = Path(__file__).with_name("memory_filesystem.py")
 TIMEOUT = 20.0
+NOBODY = "65534"
 
 RUN_WITH_FD = """
 import os, sys
@@ -32,6 +35,9 @@ os.set_inheritable(3, True)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES=sys.argv[2])
 os.execv(sys.argv[3], sys.argv[3:])
 """
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class Server:
@@ -104,11 +110,14 @@ class Place:
         if not self._holder.stdout.read(1):
             self._end_holder()
             pytest.skip("a mount namespace is not permitted here")
-        self.environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment = ENVIRONMENT
+
+    def _inside(self, command: tuple[str, ...]) -> list[str]:
+        return ["nsenter", "--mount", "--target", str(self._holder.pid), "--", *command]
 
     def popen(self, *command: str, fds: tuple[int, ...] = (), **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            ["nsenter", "--mount", "--target", str(self._holder.pid), "--", *command],
+            self._inside(command),
             env=self.environment | environment,
             pass_fds=fds,
             stdin=subprocess.PIPE,
@@ -186,6 +195,86 @@ class Place:
                     with suppress(BrokenPipeError):
                         pipe.close()
         self._end_holder()
+
+
+def as_user(*command: str) -> list[str]:
+    """Somebody who is not root."""
+    if os.geteuid():
+        return list(command)
+    return ["setpriv", "--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--", *command]
+
+
+class UsersPlace(Place):
+    """The same for an ordinary user: one of root's making, or whoever runs the tests, then without a namespace.
+
+    What only root can provide is set by the test: ``fuse_conf`` is what /etc/fuse.conf says.
+    """
+
+    def __init__(self, path: Path, fuse_conf: str = "") -> None:
+        if os.geteuid():
+            self.path = path
+            self._processes = []
+            self.environment = ENVIRONMENT
+            return
+        super().__init__(path)
+        os.chown(path, int(NOBODY), int(NOBODY))
+        # There are machines where only root may open /dev/fuse. What a private mount hides is nobody else's business.
+        for_root = path / "root"
+        for_root.mkdir(mode=0o755)
+        (for_root / "fuse.conf").write_text(fuse_conf)
+        script = (
+            f"mknod -m 666 {for_root}/fuse c 10 229 && mount --bind {for_root}/fuse /dev/fuse\n"
+            f"touch /etc/fuse.conf && mount --bind {for_root}/fuse.conf /etc/fuse.conf\n"
+            "mount -t fusectl none /sys/fs/fuse/connections"
+        )
+        subprocess.run(super()._inside(("sh", "-euc", script)), check=True)
+
+    def _inside(self, command: tuple[str, ...]) -> list[str]:
+        command = tuple(as_user(*command))
+        return list(command) if os.geteuid() else super()._inside(command)
+
+    def as_root(self, *command: str) -> list[str]:
+        """Somebody else, who could do anything elsewhere; only where the tests are root's."""
+        return super()._inside(command)
+
+    def connections(self) -> bool:
+        """Whether the kernel's list of connections is there."""
+        return not os.geteuid() or "fusectl" in self.run("cat", "/proc/mounts")
+
+    def unmount_all(self) -> None:
+        if not os.geteuid():
+            code = "import ctypes, sys; [ctypes.CDLL(None).umount2(path.encode(), 3) for path in sys.argv[:0:-1]]"
+            paths = [line.split(" ")[4].replace(r"\040", " ") for line in self.mounts()]
+            command = super()._inside((sys.executable, "-c", code, *paths))
+            subprocess.run(command, check=True, timeout=TIMEOUT)
+            return
+        for line in reversed(self.mounts()):
+            path = line.split(" ")[4].replace(r"\040", " ")
+            subprocess.run(["fusermount3", "-u", "-z", "--", path], check=False, timeout=TIMEOUT)
+
+    def _end_holder(self) -> None:
+        if not os.geteuid():
+            super()._end_holder()
+
+
+@pytest.fixture
+def users_place(request: pytest.FixtureRequest) -> Iterator[UsersPlace]:
+    """Indirectly parametrized: with what /etc/fuse.conf says; only root has the say."""
+    if shutil.which("fusermount3") is None:
+        pytest.skip("fusermount3 is not installed")
+    if os.geteuid() and not os.access("/dev/fuse", os.W_OK):
+        pytest.skip("only root may open /dev/fuse here")
+    if os.geteuid() == 0:
+        # By way of env: what setpriv starts is still looked for with root's capabilities.
+        can_import = as_user("env", sys.executable, "-c", "import msgpack, protocol, trio")
+        if subprocess.run(can_import, env=ENVIRONMENT, cwd="/", capture_output=True, check=False).returncode:
+            pytest.skip("this interpreter is not everybody's")
+    elif hasattr(request, "param"):
+        pytest.skip("only root writes /etc/fuse.conf")
+    with tempfile.TemporaryDirectory(prefix="agentctl-mounts-") as directory:
+        Path(directory).chmod(0o755)
+        with UsersPlace(Path(directory), getattr(request, "param", "")) as place:
+            yield place
 
 
 @pytest.fixture

@@ -120,9 +120,9 @@ class MemoryFilesystem:
         now = int(time.time())
         size = len(node.data)
         links = 2 if stat.S_ISDIR(node.mode) else 1
-        return ATTR.pack(
-            number, size, (size + 511) // 512, now, now, now, 0, 0, 0, node.mode, links, 0, 0, 0, 4096, 0
-        )
+        times = now, now, now, 0, 0, 0
+        owner = os.getuid(), os.getgid()
+        return ATTR.pack(number, size, (size + 511) // 512, *times, node.mode, links, *owner, 0, 4096, 0)
 
     def _entry(self, request: Request, number: int) -> None:
         self.connection.reply(request.unique, bodies.entry_out(number, self.attr(number), self.valid))
