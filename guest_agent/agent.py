@@ -3,7 +3,7 @@
 The law: nothing a host does or fails to do ends the agent. A session that breaks is logged, and the
 next one begins with nothing of it left: its streams, processes and requests were its own. What
 outlives sessions is what the machine is: the picture of its ports, its default user, and its sockets that lead
-to the host.
+to the host. On a machine that is not a VM of ours (``remote``) nothing is answered that would change the machine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from guest_agent.host_network import HostNetwork
 from guest_agent.owners import OwnerService
 from guest_agent.ports import PortDetector
 from guest_agent.spawn import find_account
-from guest_agent.system import System
+from guest_agent.system import HERE, IN_VM, System
 from guest_agent.transports import OpenTransport
-from guest_agent.usage import UsageService
+from guest_agent.usage import Look, UsageService
+from protocol.api import GetGuestInfo
 from protocol.build import digest
 from protocol.errors import LinkError
 from protocol.link import Link, Role, SerialChannel, Service
@@ -48,37 +49,48 @@ READY_AFTER = 60.0
 ahead without."""
 
 
-def make_hello() -> Hello:
-    """Who we are. ``configure`` is only a capability of root's."""
+def make_hello(*, vm: bool = True) -> Hello:
+    """Who we are. ``configure`` is only a capability of root's, in a VM."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    capabilities = ["dial", "exec", "ports", *(["configure"] if os.geteuid() == 0 else [])]
+    capabilities = ["dial", "exec", "ports", *(["configure"] if vm and os.geteuid() == 0 else [])]
     return Hello(digest=digest(), boot_id=boot_id, capabilities=capabilities, name="guest")
 
 
 class Agent:
     """What the machine is, and the service that every session offers of it."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
         self.ports = PortDetector()
-        self._system = System(nursery, lambda: self.ports.detection, port_dumps=lambda: self.ports.dumps)
+        self._system = System(
+            nursery,
+            lambda: self.ports.detection,
+            port_dumps=lambda: self.ports.dumps,
+            data=IN_VM if vm else HERE,
+        )
         self._service = Service()
-        self._system.register(self._service)
-        Clock().register(self._service)
-        DataDisk().register(self._service)
         self._prepared = (trio.Event(), trio.Event())
-        network, docker = self._prepared
-        HostNetwork(network.set).register(self._service)
-        DockerSettings(docker.set).register(self._service)
-        ForeignPrograms().register(self._service)
+        if vm:
+            self._offer_configuration()
+        self._service.on_request(GetGuestInfo, self._system.guest_info)
         dial.register(self._service)
         datagrams.register(self._service)
         execute.register(self._service, lambda: self._system.default_user)
         OwnerService().register(self._service)
-        UsageService().register(self._service)
+        UsageService(Look(data=IN_VM if vm else HERE)).register(self._service)
         self.entrances = Entrances(lambda: find_account(self._system.default_user))
         self.entrances.register(self._service)
-        self._hello = make_hello()
-        self._plane = GuestPlane(CONTROL, open_region())
+        self._hello = make_hello(vm=vm)
+        self._plane = GuestPlane(CONTROL, open_region() if vm else None)
+
+    def _offer_configuration(self) -> None:
+        """What the host may do to a machine that is its own; of others it is told that there is no such request."""
+        self._system.register(self._service)
+        Clock().register(self._service)
+        DataDisk().register(self._service)
+        network, docker = self._prepared
+        HostNetwork(network.set).register(self._service)
+        DockerSettings(docker.set).register(self._service)
+        ForeignPrograms().register(self._service)
 
     async def serve(self, open_transport: OpenTransport) -> None:
         """Sessions for ever, over a transport that is opened again whenever it breaks."""
@@ -149,11 +161,12 @@ async def stopped_by_signals() -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-async def run(open_transport: OpenTransport) -> None:
-    """The agent, until a signal ends it."""
+async def run(open_transport: OpenTransport, *, vm: bool = True) -> None:
+    """The agent, until a signal ends it. ``vm``: the machine is the host's own, for it to configure."""
     async with stopped_by_signals(), trio.open_nursery() as nursery:
-        agent = Agent(nursery)
+        agent = Agent(nursery, vm=vm)
         nursery.start_soon(agent.ports.run)
-        nursery.start_soon(agent.report_readiness)
+        if vm:
+            nursery.start_soon(agent.report_readiness)
         await nursery.start(agent.entrances.run)
         await agent.serve(open_transport)

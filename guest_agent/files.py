@@ -50,9 +50,9 @@ READY_AFTER: Final = 60.0
 class FilesAgent:
     """The mounts, and the sessions that serve them one after the other."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
         self._host = Host()
-        self._plane = GuestPlane(FILES, open_region())
+        self._plane = GuestPlane(FILES, open_region() if vm else None)
         self._lane = Lane()
         nursery.start_soon(self._lane.run)
         self._notifiers = Notifiers()
@@ -140,14 +140,15 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-async def run(open_transport: OpenTransport) -> None:
-    """The agent, until a signal ends it."""
+async def run(open_transport: OpenTransport, *, vm: bool = True) -> None:
+    """The agent, until a signal ends it. ``vm``: with memory that is shared with the host, and a boot that waits."""
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            agent = FilesAgent(nursery)
+            agent = FilesAgent(nursery, vm=vm)
             async with trio.open_nursery() as sessions:
                 sessions.start_soon(agent.serve, open_transport)
-                sessions.start_soon(agent.tell_ready)
+                if vm:
+                    sessions.start_soon(agent.tell_ready)
                 log.info("agent.stop signal=%s", signal.Signals(await anext(aiter(received))).name)
                 sessions.cancel_scope.cancel()
             await agent.stop()

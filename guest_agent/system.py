@@ -12,6 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import trio
@@ -28,6 +29,26 @@ HOST_NAME = re.compile(r"(?=.{1,64}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])
 """RFC 1123, and Linux's limit of 64 (HOST_NAME_MAX)."""
 
 DATA = "var/lib/agentctl"
+"""Where a VM has its data disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlace:
+    """The folder whose filesystem counts as the machine's disk; ``own``: only if that is mounted there."""
+
+    path: str
+    own: bool
+
+    def find(self, root: Path) -> Path | None:
+        """Below ``root``; None if it is not there."""
+        path = root / self.path
+        return path if path.is_mount() or (not self.own and path.is_dir()) else None
+
+
+IN_VM = DataPlace(DATA, own=True)
+HERE = DataPlace("", own=False)
+"""Of a machine that has no disk of ours: where its root is."""
+
 AUTHORIZED_KEYS = "etc/agentctl/authorized_keys"
 """Not in a home: homes are durable and the user's own, the keys are this session's."""
 
@@ -62,18 +83,20 @@ class System:
         kernel: Kernel | None = None,
         *,
         port_dumps: Callable[[], int] = lambda: 0,
+        data: DataPlace = IN_VM,
     ) -> None:
         self._nursery = nursery
         self._port_detection = port_detection
         self._port_dumps = port_dumps
         self._root = root
+        self._data = data
         self._kernel = kernel or Kernel()
         self.default_user = ""
         """The configured user's name in the guest; empty (whoever we run as) until there is one."""
 
     def register(self, service: Service) -> None:
+        """What changes the machine; ``guest_info`` is offered of any."""
         service.on_request(Configure, self.configure)
-        service.on_request(GetGuestInfo, self.guest_info)
         service.on_request(Shutdown, self.shutdown)
 
     async def configure(self, request: Configure) -> Configured:
@@ -135,8 +158,8 @@ class System:
         )
 
     def _data_disk(self) -> tuple[int, int]:
-        path = self._root / DATA
-        if not path.is_mount():
+        path = self._data.find(self._root)
+        if path is None:
             return 0, 0
         disk = os.statvfs(path)
         return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize

@@ -15,7 +15,7 @@ import trio
 
 from guest_agent.cgroups import find_hierarchy
 from guest_agent.owners import DOCKER, running_containers
-from guest_agent.system import DATA, read_meminfo
+from guest_agent.system import IN_VM, DataPlace, read_meminfo
 from protocol.api import ContainerUsage, GetGuestUsage, GuestUsage
 from protocol.link import Service
 
@@ -53,11 +53,13 @@ class Look:
         cgroups: Path | None = None,
         docker: Path = DOCKER,
         clock: Callable[[], float] = time.monotonic,
+        data: DataPlace = IN_VM,
     ) -> None:
         self._root = root
         self._proc = root / "proc"
         self._cgroups = find_hierarchy() if cgroups is None else cgroups
         self._docker = docker
+        self._data = data
         self._clock = clock
         self._names: dict[str, str] = {}
         self._asked_at = float("-inf")
@@ -92,8 +94,8 @@ class Look:
         )
 
     def _data_disk(self) -> tuple[int, int, tuple[int, int]]:
-        path = self._root / DATA
-        if not path.is_mount():
+        path = self._data.find(self._root)
+        if path is None:
             return 0, 0, (0, 0)
         disk = os.statvfs(path)
         traffic = disk_bytes(_read(self._proc / "diskstats"), path.stat().st_dev)
