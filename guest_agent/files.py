@@ -10,6 +10,7 @@ if it is not an orderly one, ends no mount (``fdstore``). Sessions come and go; 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -28,7 +29,16 @@ from guest_agent.fuse.notifier import Notifiers
 from guest_agent.transports import PORTS, OpenTransport, run_agent
 from protocol.build import digest
 from protocol.errors import LinkError
-from protocol.files import MAX_FILES_PAYLOAD, Changed, MountReports, MountShares, NamesGone, Renewed, in_use
+from protocol.files import (
+    MAX_FILES_PAYLOAD,
+    Changed,
+    MountReports,
+    MountShares,
+    NamesGone,
+    Renewed,
+    in_use,
+    owner,
+)
 from protocol.lane import Lane
 from protocol.link import Hello, Link, Role, SerialChannel, Service
 from protocol.region import FILES
@@ -51,6 +61,7 @@ class FilesAgent:
     """The mounts, and the sessions that serve them one after the other."""
 
     def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
+        self._vm = vm
         self._host = Host()
         self._plane = GuestPlane(FILES, open_region() if vm else None)
         self._lane = Lane()
@@ -126,6 +137,8 @@ class FilesAgent:
     def _hello(self) -> Hello:
         """For a session that begins now."""
         said = ["files", in_use(self._mounts.in_use | self._host.shares)]
+        if not self._vm:  # whose users are the host's
+            said.append(owner(os.geteuid(), os.getegid()))
         return Hello(digest=digest(), boot_id=self._boot_id, capabilities=said, name="guest-files")
 
     async def _mount_shares(self, link: Link, request: MountShares) -> MountReports:

@@ -38,6 +38,9 @@ ResultT = TypeVar("ResultT")
 ROOT: Final = 1
 """The node of a share's root."""
 
+MAX_ID: Final = 2**32 - 2
+"""Of a user or a group: the one above is (uid_t)-1, which stands for none."""
+
 MAX_NAME: Final = 255
 """Bytes of one component (NAME_MAX)."""
 
@@ -847,6 +850,25 @@ def shares_in_use(capabilities: Iterable[str]) -> frozenset[int] | None:
                 )
             except ValueError:
                 return None
+    return None
+
+
+_OWNER: Final = "owner="
+
+
+def owner(uid: int, gid: int) -> str:
+    """A capability, for the greeting of a guest whose users are not the host's: who uses the files there."""
+    return f"{_OWNER}{uid}:{gid}"
+
+
+def owner_of(capabilities: Iterable[str]) -> tuple[int, int] | None:
+    """User and group, as a greeting says; None if it does not, or says what no ids are."""
+    for capability in capabilities:
+        if capability.startswith(_OWNER):
+            ids = capability.removeprefix(_OWNER).split(":")
+            if len(ids) == 2 and all(each.isascii() and each.isdecimal() and len(each) <= 10 for each in ids):
+                uid, gid = int(ids[0]), int(ids[1])
+                return (uid, gid) if max(uid, gid) <= MAX_ID else None
     return None
 
 

@@ -14,6 +14,7 @@ hands the opened device over. fusermount of libfuse 2 is called in the same way.
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import socket
 import stat
@@ -77,6 +78,11 @@ def obstacle(device: Path = DEVICE, status: Path = Path("/proc/self/status")) ->
         return Obstacle(f"you may not open {device}", f"let everybody: sudo chmod 666 {device}")
     if not _is_privileged(program):
         return Obstacle(f"{program} is not setuid root", f"make it so: sudo chmod u+s {program}")
+    if not _has_name():
+        return Obstacle(
+            f"you have no name there (no entry of /etc/passwd for {os.getuid()}), which {program} asks for",
+            "give that user one, or log in as another",
+        )
     if _has_no_new_privileges(status):
         return Obstacle(
             "this login is not allowed to use setuid programs (no_new_privs)",
@@ -94,6 +100,14 @@ def _is_privileged(program: str) -> bool:
         return bool(os.getxattr(program, "security.capability"))
     except OSError:
         return False
+
+
+def _has_name() -> bool:
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return True
 
 
 def _has_no_new_privileges(status: Path) -> bool:

@@ -119,7 +119,9 @@ class AttributeOperations:
         gid = call.gid if call.valid & SET_GID else -1
         if _NOBODY in (uid, gid):
             raise failure(errno.EINVAL)
-        if not self._core.is_root:
+        if self._core.owner is not None:
+            uid, gid = self._core.owner.meant(uid, gid)
+        elif not self._core.is_root:
             # What the guest's root makes is ours, so what it gives to itself is, too: dockerd gives each folder
             # that it makes for a bind mount to root, and tar what it unpacks.
             uid, gid = uid or os.geteuid(), gid or os.getegid()

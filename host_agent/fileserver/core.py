@@ -17,6 +17,7 @@ from host_agent.fileserver.datafiles import DataFiles
 from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.linux import Status, failure
 from host_agent.fileserver.nodes import Link, Node, Recorder
+from host_agent.fileserver.owner import Owner
 from host_agent.fileserver.promises import Promise, Promises
 from host_agent.fileserver.reach import Reach
 from host_agent.fileserver.retractions import Name, Retraction, above
@@ -83,6 +84,8 @@ class Core:
         self.reach.on_outdated = self._outdated
         self.snapshots = Snapshots()
         self.is_root = os.geteuid() == 0
+        self.owner: Owner | None = None
+        """None: the guest's user has the same ids as we."""
 
     @contextmanager
     def directory(self, number: int, *names: bytes) -> Iterator[Node]:
@@ -115,7 +118,8 @@ class Core:
         return ino if device == self.reach.root_device else ino ^ _device_bits(device)
 
     def attr(self, status: Status) -> bytes:
-        return status.attr(self.inode(status.device, status.ino))
+        owner = None if self.owner is None else self.owner.shown(status.uid, status.gid)
+        return status.attr(self.inode(status.device, status.ino), owner)
 
     def doubt(self, node: Node) -> None:
         """The guest may have been promised something of the file that does not hold."""

@@ -112,10 +112,11 @@ class Status(NamedTuple):
     def birth_ns(self) -> int:
         return self.btime * 1_000_000_000 + self.btime_nsec if self.mask & _STATX_BTIME else 0
 
-    def attr(self, ino: int) -> bytes:
-        """As the guest's kernel takes it, with ``ino`` as its inode number."""
+    def attr(self, ino: int, owner: tuple[int, int] | None = None) -> bytes:
+        """As the guest's kernel takes it, with ``ino`` as its inode number, and ``owner`` (user, group) as another."""
         (_, blksize, nlink, uid, gid, mode, _, size, blocks, atime, atime_nsec, _, _, ctime, ctime_nsec,
          mtime, mtime_nsec, major, minor, _, _) = self  # fmt: skip
+        uid, gid = (uid, gid) if owner is None else owner
         rdev = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12) if major or minor else 0
         return ATTR.pack(
             ino, size, blocks, atime, mtime, ctime, atime_nsec, mtime_nsec, ctime_nsec, mode, nlink, uid, gid,

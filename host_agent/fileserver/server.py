@@ -37,6 +37,7 @@ from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.ledger import Kind, Ledger
 from host_agent.fileserver.mountwatch import MountWatch, concerns
 from host_agent.fileserver.nodes import Link as NameLink
+from host_agent.fileserver.owner import Owner
 from host_agent.fileserver.renewal import Found
 from host_agent.fileserver.retractions import Retraction
 from host_agent.fileserver.shares import Share
@@ -51,6 +52,7 @@ from protocol.files import (
     MountShares,
     MountStage,
     NamesGone,
+    owner_of,
     shares_in_use,
 )
 from protocol.files import Share as MountedShare
@@ -103,6 +105,7 @@ class FileServer:
         self._mount_watch = MountWatch(self._lane, self._on_mounts, self._on_sleep)
         self._calls = Calls(journal, self._shares, bulk, self._lane)
         self._boot_id: str | None = None  # of the guest that was here last
+        self._owner: Owner | None = None  # its user, if that one has other ids than ours
         self._link: Link | None = None  # the session, from before its shares are mounted
         self._listed = self._told = 0  # the version of the list of shares, and the one the guest knows
         self._configured = trio.Event()
@@ -202,11 +205,13 @@ class FileServer:
                 past = Ledger()
             self._calls.begin_guest(past)
             self._boot_id = boot_id
+        shown_as = owner_of(link.peer.capabilities)
+        self._owner = None if shown_as is None else Owner(*shown_as)
         in_use = shares_in_use(link.peer.capabilities)
         for number in [] if in_use is None else self._shares.keys() - in_use:
             self._begin_anew(number, past)
         for number, share in self._shares.items():
-            share.resume(past.nodes.get(number), past.locks.get(number))
+            share.resume(past.nodes.get(number), past.locks.get(number), self._owner)
         for number in (past.nodes.keys() | past.locks.keys()) - self._shares.keys():
             self._journal.add(Kind.DROPPED, number)
         self._keepsakes.give_up_unclaimed()
@@ -295,7 +300,7 @@ class FileServer:
                 share = self._open(folder)
                 opened.append(share)
                 if self._boot_id is not None:
-                    share.resume()
+                    share.resume(owner=self._owner)
             else:
                 del before[number]
             self._shares[number] = share

@@ -31,6 +31,7 @@ from host_agent.fileserver.ledger import Kind, LockRecord, NodeRecord
 from host_agent.fileserver.locks import HostLocks
 from host_agent.fileserver.nodes import Identity, RestoredNode
 from host_agent.fileserver.nodes import Link as NameLink
+from host_agent.fileserver.owner import Owner
 from host_agent.fileserver.promises import Promise
 from host_agent.fileserver.prompt import Disk
 from host_agent.fileserver.renewal import Found
@@ -191,8 +192,14 @@ class Share:
         while not self._opened.is_set():
             await trio.sleep(0.002)  # once in the life of a share, and for less than that
 
-    def resume(self, nodes: dict[int, NodeRecord] | None = None, locks: LockRecord | None = None) -> None:
-        """A session begins; ``nodes`` and ``locks`` are what a killed server has left for the same guest.
+    def resume(
+        self,
+        nodes: dict[int, NodeRecord] | None = None,
+        locks: LockRecord | None = None,
+        owner: Owner | None = None,
+    ) -> None:
+        """A session begins; ``nodes`` and ``locks`` are what a killed server has left for the same guest, and
+        ``owner`` is the guest's user.
 
         Calls that come from now on wait until that is taken in, and the descriptors that it kept.
         """
@@ -200,11 +207,18 @@ class Share:
         if nodes:
             self.telling.inherit()
         kept = self._keepsakes.claim()
-        self._housekeeper.submit(lambda: self._resume(nodes or {}, locks, kept))
+        self._housekeeper.submit(lambda: self._resume(nodes or {}, locks, owner, kept))
 
-    def _resume(self, nodes: dict[int, NodeRecord], locks: LockRecord | None, kept: Inherited) -> None:
+    def _resume(
+        self,
+        nodes: dict[int, NodeRecord],
+        locks: LockRecord | None,
+        owner: Owner | None,
+        kept: Inherited,
+    ) -> None:
         try:
             if self._tree is not None:
+                self._tree.show_as(owner)
                 if nodes:
                     self._tree.restore(_restored(nodes, kept))
                 self._tree.suspect_all()

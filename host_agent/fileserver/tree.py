@@ -29,6 +29,7 @@ from host_agent.fileserver.judgement import Judgement
 from host_agent.fileserver.keepsakes import ShareKeepsakes
 from host_agent.fileserver.names import NameOperations
 from host_agent.fileserver.nodes import Identity, Node, Recorder, RestoredNode
+from host_agent.fileserver.owner import Owner
 from host_agent.fileserver.promises import Promise
 from host_agent.fileserver.prompt import Disk
 from host_agent.fileserver.retractions import Retraction, Retractions
@@ -202,6 +203,10 @@ class Tree:
     def revalidate(self, tell: Callable[[Retraction], None], *, absences: bool, trusting: bool) -> None:
         """Look at everything that the guest knows again (``revalidation``). May take as long as the disk does."""
         Revalidation(self._core, tell).run(absences=absences, trusting=trusting)
+
+    def show_as(self, owner: Owner | None) -> None:
+        """Who the guest's user is; before its first call. None: the ids there are those here."""
+        self._core.owner = owner
 
     def suspect_all(self) -> None:
         """A reply may have been lost, and with it the word that data is stale: say it again for every file.

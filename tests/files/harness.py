@@ -127,6 +127,8 @@ class FileServer:
         self._memory = memory
         self._says = directory / "server.use"
         self._process: subprocess.Popen[bytes] | None = None
+        self.prefix: Sequence[str] = ()
+        """Before its command line."""
         self.store = DescriptorStore()
         self.changes: list[ShareStates] = []
         self.log = directory / "server.log"
@@ -138,7 +140,7 @@ class FileServer:
 
     def start(self, folders: list[SharedFolder]) -> ShareStates:
         ours, theirs = socket.socketpair()
-        argv = [*_with_marks(self._marks), sys.executable, "-m"]
+        argv = [*self.prefix, *_with_marks(self._marks), sys.executable, "-m"]
         if self._memory is not None:
             argv += ["tests.files.observed", str(self._says)]
         argv += ["host_agent.fileserver", "--guest-socket", str(self._socket_path)]
@@ -258,7 +260,7 @@ class Plane:
             for folder in self._folders:
                 (self.host_root / folder.name).mkdir(parents=True, exist_ok=True)
             self.guest_root.mkdir()
-            self.namespace = stack.enter_context(Namespace(self.directory))
+            self.namespace = stack.enter_context(self._make_namespace())
             loop = stack.enter_context(TrioThread())
             host_socket, guest_socket = self.directory / "host.sock", self.directory / "guest.sock"
             self.port = stack.enter_context(Port(host_socket, guest_socket))
@@ -266,11 +268,7 @@ class Plane:
             self.server = FileServer(loop, self.directory, host_socket, hidden, self.memory, self._marks)
             stack.callback(self.server.store.close)
             stack.callback(self.server.kill)
-            self.agent = stack.enter_context(
-                FilesAgent(
-                    self.namespace, self.directory, guest_socket, self._patience, self.memory, self._losing
-                )
-            )
+            self.agent = stack.enter_context(self._make_agent(guest_socket))
             stack.callback(self.namespace.force_unmount)
             stack.push(self._show_logs)
             self.start_server()
@@ -279,6 +277,14 @@ class Plane:
             stack.push(self._look_at_memory)
             self._stack = stack.pop_all()
         return self
+
+    def _make_namespace(self) -> Namespace:
+        return Namespace(self.directory)
+
+    def _make_agent(self, guest_socket: Path) -> FilesAgent:
+        return FilesAgent(
+            self.namespace, self.directory, guest_socket, self._patience, self.memory, self._losing
+        )
 
     def _look_at_memory(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None and self.with_memory and self.server.alive() and self.agent.alive():

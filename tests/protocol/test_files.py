@@ -63,6 +63,28 @@ def test_a_greeting_that_does_not_say_which_shares_are_in_use(capabilities: list
     assert files.shares_in_use(capabilities) is None
 
 
+@given(uid=st.integers(0, files.MAX_ID), gid=st.integers(0, files.MAX_ID))
+def test_who_uses_the_files(uid: int, gid: int) -> None:
+    assert files.owner_of(["files", files.owner(uid, gid), "owner=1:2"]) == (uid, gid)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "files",
+        "owner=",
+        "owner=1",
+        "owner=1:",
+        "owner=1:-1",
+        "owner=1:4294967295",
+        "owner=1:2:3",
+        "owner=²:1",
+    ],
+)
+def test_a_greeting_that_does_not_say_who_uses_the_files(word: str) -> None:
+    assert files.owner_of([word]) is None
+
+
 @pytest.mark.parametrize("cls", CALLS.values(), ids=lambda cls: cls.__name__)
 def test_a_call_begins_with_share_unique_and_node(cls: type[FileCall[Any]]) -> None:
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]

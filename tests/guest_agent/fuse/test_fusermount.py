@@ -56,6 +56,9 @@ def test_each_obstacle_has_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert f"chmod u+s {program}" in fix()
     monkeypatch.setattr(fusermount, "_is_privileged", lambda program: True)
     assert fix() == ""
+    monkeypatch.setattr(fusermount, "_has_name", lambda: False)
+    assert "log in as another" in fix()
+    monkeypatch.setattr(fusermount, "_has_name", lambda: True)
     status.write_text("Name:\tpython3\nNoNewPrivs:\t1\nSeccomp:\t0\n")
     assert "log in as root" in fix()
     if os.geteuid():
