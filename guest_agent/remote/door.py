@@ -158,13 +158,13 @@ class Door:
         log.info("door.left grace=%g", self._grace)
 
     async def _give(self, stdio: Stdio) -> None:
-        if (unopened := self._next) is not None:
-            await trio.aclose_forcefully(unopened)
-        elif self._current is not None:
+        unopened, self._next = self._next, stdio
+        if unopened is None and self._current is not None:
             log.info("door.replaced")
             self._current.hang_up()
-        self._next = stdio
         self._set_current(stdio)
+        if unopened is not None:
+            await trio.aclose_forcefully(unopened)
 
     def _set_current(self, stdio: Stdio | None) -> None:
         self._current = stdio

@@ -2,8 +2,8 @@
 
 ``agentctl-stdio 1 BUILD GRACE`` comes with two descriptors, to read from and to write to, in one message (SCM_RIGHTS,
 unix(7)). The answer ``taken`` means that they are used; the connection stays open for as long as they are, and who
-closes it ends that. ``other-build`` means that this daemon is not what was asked for, and ends to make room; ``refused``
-that something is wrong, which follows.
+closes it ends that. ``other-build`` means that this daemon is not what was asked for, and ends to make room;
+``refused`` that something is wrong, which follows.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class RunDirError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of this boot: its pid, and when it started (ticks), so that the pid's next owner is not taken for it."""
+    """A process of this boot: its pid, and when it started (in ticks): the pid's next owner is not taken for it."""
 
     pid: int
     started: int
