@@ -10,15 +10,15 @@ import json
 import os
 import platform
 import pwd
-import shutil
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from guest_agent.fuse import mounting
+from guest_agent.fuse import fusermount, mounting
 from guest_agent.fuse.mounting import MountError, MountSpec
 
 FORMAT: Final = 1
@@ -29,6 +29,14 @@ TRACEFS: Final = Path("/sys/kernel/tracing")
 
 DOCKER_TIME: Final = 2.0
 """Seconds for Docker's socket to accept; its backlog is the kernel's, so it does at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """For a person who is not at the machine: what does not work there, and what to do about it."""
+
+    what: str
+    fix: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,8 @@ def line(nonce: str) -> str:
 def capabilities() -> dict[str, Any]:
     root = os.geteuid() == 0
     mounts, docker = find_mounts(root), find_docker()
-    problems = [{"what": found.problem, "fix": found.fix} for found in (mounts, docker) if found.problem]
+    problems = [Problem(found.problem, found.fix) for found in (mounts, docker) if found.problem]
+    problems += unseen_by_containers(mounts, docker) + kills_processes(root)
     return {
         "format": FORMAT,
         "python": platform.python_version(),
@@ -69,7 +78,7 @@ def capabilities() -> dict[str, Any]:
         "mounts": asdict(mounts),
         "ports": {"how": "tracefs" if root and _has_tracefs() else "polling"},
         "docker": asdict(docker),
-        "problems": problems,
+        "problems": [asdict(problem) for problem in problems],
     }
 
 
@@ -118,36 +127,61 @@ def find_docker(sockets: list[Path] | None = None) -> Docker:
 
 
 def find_mounts(root: bool) -> Mounts:
-    if root:
-        return _try_as_root()
-    program = shutil.which("fusermount3")
-    if program is None:
+    """By mounting something that nobody serves, and taking it off again."""
+    obstacle = None if root else fusermount.obstacle()
+    if obstacle is not None:
         return Mounts(
-            False,
-            problem="fusermount3 is not installed there, so this machine's folders cannot be mounted",
-            fix="there: sudo apt-get install fuse3",
+            False, problem=f"no folder can be mounted there: {obstacle.problem}", fix=f"there, {obstacle.fix}"
         )
-    return Mounts(True, "fusermount3")
+    try:
+        with tempfile.TemporaryDirectory(prefix="agentctl-") as folder:
+            _try_to_mount(folder)
+    except MountError as error:
+        return _failed(str(error), "in a container, give it CAP_SYS_ADMIN" if root else "see fusermount3(1)")
+    except OSError as error:
+        return _failed(
+            f"{error.filename}: {error.strerror}", "there: modprobe fuse; in a container, give it /dev/fuse"
+        )
+    if root:
+        return Mounts(True, "root", allow_other=True)
+    return Mounts(True, "fusermount3", fusermount.may_allow_other())
 
 
-def _try_as_root() -> Mounts:
-    """Mount something that nobody serves, and take it off again."""
-    with tempfile.TemporaryDirectory(prefix="agentctl-") as folder:
-        try:
-            fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                mounting.mount(fd, MountSpec(0, folder))
-                mounting.unmount(folder, force=True)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            return _failed(f"/dev/fuse cannot be used there: {error.strerror}", "there: modprobe fuse")
-        except MountError as error:
-            return _failed(
-                f"mounting is not permitted there: {error}", "in a container: give it CAP_SYS_ADMIN"
-            )
-    return Mounts(True, "root", allow_other=True)
+def _try_to_mount(folder: str) -> None:
+    fd, _ = mounting.mount_afresh(MountSpec(0, folder))
+    try:
+        mounting.unmount(folder, force=True)
+    finally:
+        os.close(fd)
 
 
-def _failed(problem: str, fix: str) -> Mounts:
-    return Mounts(False, problem=problem, fix=fix)
+def _failed(reason: str, fix: str) -> Mounts:
+    return Mounts(False, problem=f"no folder can be mounted there: {reason}", fix=fix)
+
+
+# --- other things ------------------------------------------------------------------------------------------
+
+
+def unseen_by_containers(mounts: Mounts, docker: Docker) -> list[Problem]:
+    """Docker's processes are another user's, to whom the kernel does not show a mount of ours."""
+    if not mounts.ok or mounts.allow_other or not docker.socket:
+        return []
+    fix = f"there: echo user_allow_other | sudo tee -a {fusermount.CONFIGURATION}"
+    return [Problem("containers there do not see what is mounted", fix)]
+
+
+def kills_processes(root: bool, folder: Path = Path("/etc/systemd")) -> list[Problem]:
+    """systemd may end what a login leaves behind (logind.conf(5)); root's is left alone."""
+    if root:
+        return []
+    said = "no"
+    for path in (folder / "logind.conf", *sorted(folder.glob("logind.conf.d/*.conf"))):
+        with suppress(OSError):
+            for line in path.read_text(errors="replace").splitlines():
+                name, _, value = line.partition("=")
+                if name.strip() == "KillUserProcesses":
+                    said = value.strip().lower()
+    if said not in ("1", "yes", "y", "true", "t", "on"):
+        return []
+    what = "the agents there end with each loss of the connection, and mounts with them (KillUserProcesses)"
+    return [Problem(what, f"there: set KillUserProcesses=no in {folder}/logind.conf")]
