@@ -7,6 +7,7 @@ process that only waits: it imports no trio, and is there in some tens of millis
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def connect(session: str, plane: str, grace: float) -> None:
             while connection.recv(MAX_LINE):
                 pass
     except ConnectionError:
-        pass  # the daemon was killed
+        pass  # the daemon was killed, or the connection was lost before there was one
     except RunDirError as error:
         raise CannotConnect(str(error)) from error
     except OSError as error:
@@ -61,6 +62,8 @@ def _handed_over(rundir: RunDir, place: Place, offer: bytes) -> socket.socket:
     deadline = time.monotonic() + START_TIME
     started = 0
     while time.monotonic() < deadline:
+        if _is_hung_up():
+            raise ConnectionAbortedError
         if (connection := _offer(place, offer, deadline)) is not None:
             return connection
         rundir.make()
@@ -75,6 +78,15 @@ def _handed_over(rundir: RunDir, place: Place, offer: bytes) -> socket.socket:
             started += 1
             _start(place, rundir.path.name, lock)
     raise CannotConnect(f"the {place.plane} agent does not answer; its log is {place.log}")
+
+
+def _is_hung_up() -> bool:
+    """Whether nobody is at the other end of our stdio any more: then no agent is to be started for it."""
+    poll = select.poll()
+    poll.register(0, select.POLLRDHUP)
+    poll.register(1, 0)
+    gone = select.POLLHUP | select.POLLRDHUP | select.POLLERR | select.POLLNVAL
+    return any(events & gone for _, events in poll.poll(0))
 
 
 def _offer(place: Place, offer: bytes, deadline: float) -> socket.socket | None:

@@ -18,7 +18,7 @@ from typing import Final
 from guest_agent.fuse import mounting
 from guest_agent.fuse.mountinfo import Mount, mounted_shares, read_mounts
 from guest_agent.fuse.mounting import MountError
-from guest_agent.remote.rundir import PLANES, Place, RunDir, RunDirError
+from guest_agent.remote.rundir import PLANES, Place, Process, RunDir, RunDirError
 
 GENTLE: Final = 15.0
 """Seconds for a daemon to end by itself: its processes have 3 s to do so, mounts are taken off at once."""
@@ -69,15 +69,15 @@ def _ask_to_end(places: list[Place]) -> None:
 def _end_plane(place: Place) -> int:
     """The lock, once nobody has it. Raises ``CannotEnd``."""
     begun = time.monotonic()
-    asked = False
+    asked: Process | None = None
     while (lock := place.take_lock()) is None:
         waited = time.monotonic() - begun
         if waited > GENTLE + FORCED:
             raise CannotEnd(f"the {place.plane} agent cannot be ended; who it is stands in {place.lock}")
-        # Who holds the lock may only just have begun, and not have heard the first word.
-        if (process := place.holder()) is not None and (not asked or waited > GENTLE):
+        # Another may have come into its place: who connects begins anew.
+        if (process := place.holder()) is not None and (process != asked or waited > GENTLE):
             process.signal(signal.SIGKILL if waited > GENTLE else signal.SIGTERM)
-            asked = True
+            asked = process
         time.sleep(LOOK_AGAIN)
     return lock
 

@@ -148,13 +148,10 @@ class Machine:
             await connection.aclose()
             assert connection.process.stderr is not None
             await connection.process.stderr.aclose()
-        for session in self.sessions:
-            await self.run("end", session)
+        ends = [await self.run("end", session) for session in self.sessions]
         for connection in self.connections:
-            with trio.move_on_after(10):
-                await connection.process.wait()
-            connection.process.kill()
-            await connection.process.wait()
+            await connection.ended()
+        assert all(end.returncode == 0 for end in ends), ends
         left = [name for name in self.sessions if RunDir.of(name, self.home).path.exists()]
         assert not left, left
 

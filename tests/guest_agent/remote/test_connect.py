@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from guest_agent.remote.rundir import RunDir
 from protocol import execio
 from protocol.api import Exec, GetGuestInfo, GetGuestUsage, Shutdown
 from protocol.build import digest
@@ -112,6 +113,19 @@ async def test_one_that_does_not_read_any_more_is_replaced_too(machine: Machine,
     await works(second)
     await first.hangs_up()
     assert await first.ended() == 0
+
+
+@pytest.mark.parametrize("pipes", [False, True])
+async def test_nothing_is_started_for_who_has_left_already(machine: Machine, pipes: bool) -> None:
+    rundir = RunDir.of("one", machine.home)
+    rundir.make()
+    starting = rundir.plane("control").take_lock()  # as another connector that is about to start the agent
+    assert starting is not None
+    connection = await machine.connect(pipes=pipes)
+    await connection.aclose()
+    assert await connection.ended() == 0
+    os.close(starting)
+    assert rundir.plane("control").holder() is None
 
 
 @pytest.mark.parametrize("pipes", [False, True])
