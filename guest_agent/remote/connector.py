@@ -133,8 +133,9 @@ def _start(place: Place, session: str, lock: int) -> None:
 
 
 def _options() -> list[str]:
-    """The folder it runs in has no modules; where we were kept from what is installed, so is it."""
-    return ["-P", "-s", *(["-S"] if sys.flags.no_site else [])]
+    """The folder it runs in has no modules; where we were kept from what is installed, so is it. Whatever the locale of
+    a login is, names are UTF-8, as they are for the host."""
+    return ["-P", "-s", *(["-S"] if sys.flags.no_site else []), "-X", "utf8"]
 
 
 def _environment() -> dict[str, str]:
@@ -157,6 +158,8 @@ def _last_line(log: Path) -> str:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL))
             lines = file.read().decode(errors="replace").split("\n")
+        if os.statvfs(log.parent).f_bavail == 0:
+            return f"the disk of {log.parent} is full"
     except OSError as error:
         return str(error)
     return next((line.strip() for line in reversed(lines) if line.strip()), f"{log} is empty")

@@ -291,3 +291,14 @@ async def test_stdio_that_leads_nowhere_is_let_go(machine: Machine) -> None:
             )
     assert done.returncode == 0
     await works(await machine.connect())
+
+
+async def test_a_full_disk_is_said_to_be_full(machine: Machine) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a filesystem of one's own needs root")
+    prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
+    script = f'mount -t tmpfs -o size=64k,nr_inodes=100 t {machine.home} && cat /dev/zero >{machine.home}/f 2>&-; exec "$@"'
+    machine.prefix = (*prefix, script, "sh")
+    connection = await machine.connect()
+    machine.sessions.clear()  # its home is gone with it
+    assert "No space left on device" in (said := await fails(connection)) or "is full" in said
