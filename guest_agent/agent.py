@@ -92,8 +92,8 @@ class Agent:
         DockerSettings(docker.set).register(self._service)
         ForeignPrograms().register(self._service)
 
-    async def serve(self, open_transport: OpenTransport) -> None:
-        """Sessions for ever, over a transport that is opened again whenever it breaks."""
+    async def serve(self, open_transport: OpenTransport, pause: float = PAUSE) -> None:
+        """Sessions for ever, over a transport that is opened again whenever it breaks, after ``pause`` seconds."""
         while True:
             try:
                 transport = await open_transport()
@@ -105,7 +105,7 @@ class Agent:
                             await trio.sleep(PAUSE)
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, LinkError) as error:
                 log.warning("transport.lost error=%r", error)
-            await trio.sleep(PAUSE)
+            await trio.sleep(pause)
 
     async def report_readiness(self) -> None:
         """Tell systemd, which lets Docker start, once what Docker reads as it starts is there."""
@@ -169,4 +169,4 @@ async def run(open_transport: OpenTransport, *, vm: bool = True) -> None:
         if vm:
             nursery.start_soon(agent.report_readiness)
         await nursery.start(agent.entrances.run)
-        await agent.serve(open_transport)
+        await agent.serve(open_transport, PAUSE if vm else 0)  # where nothing is opened until somebody comes

@@ -75,8 +75,8 @@ class FilesAgent:
         nursery.start_soon(self._host.watch_the_signalled)
         self._mounts.adopt(fdstore.take())
 
-    async def serve(self, open_transport: OpenTransport) -> None:
-        """Sessions for ever, over a transport that is opened again whenever it breaks."""
+    async def serve(self, open_transport: OpenTransport, pause: float = PAUSE) -> None:
+        """Sessions for ever, over a transport that is opened again whenever it breaks, after ``pause`` seconds."""
         while True:
             try:
                 async with await open_transport() as transport:
@@ -86,7 +86,7 @@ class FilesAgent:
                             await trio.sleep(PAUSE)
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, LinkError) as error:
                 log.warning("transport.lost error=%r", error)
-            await trio.sleep(PAUSE)
+            await trio.sleep(pause)
 
     async def tell_ready(self) -> None:
         """Let the boot go on: once the shares are there, or it is clear that they will not be soon."""
@@ -159,7 +159,8 @@ async def run(open_transport: OpenTransport, *, vm: bool = True) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             agent = FilesAgent(nursery, vm=vm)
             async with trio.open_nursery() as sessions:
-                sessions.start_soon(agent.serve, open_transport)
+                # Elsewhere nothing is opened until somebody comes.
+                sessions.start_soon(agent.serve, open_transport, PAUSE if vm else 0)
                 if vm:
                     sessions.start_soon(agent.tell_ready)
                 log.info("agent.stop signal=%s", signal.Signals(await anext(aiter(received))).name)
