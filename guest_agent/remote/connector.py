@@ -114,17 +114,18 @@ def _offer(place: Place, offer: bytes, deadline: float) -> socket.socket | None:
 
 def _start(place: Place, session: str, lock: int) -> None:
     """Start the daemon, with the lock and the socket at which it is found: whoever connects from now on is heard."""
+    program, environment = _program(Path(__file__).absolute().parents[2])
     with place.listen() as listener, open(place.log, "ab") as log:
         try:
             arguments = [place.plane, session, str(lock), str(listener.fileno())]
             # It goes on in a child of its own, so this one's end is the beginning.
             subprocess.run(
-                [sys.executable, *_options(), "-m", "guest_agent.remote", "daemon", *arguments],
+                [*program, "daemon", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                env=_environment(),
+                env=environment,
                 pass_fds=(lock, listener.fileno()),
                 check=False,
             )
@@ -132,17 +133,18 @@ def _start(place: Place, session: str, lock: int) -> None:
             os.close(lock)
 
 
-def _options() -> list[str]:
-    """The folder it runs in has no modules; where we were kept from what is installed, so is it. Whatever the locale of
-    a login is, names are UTF-8, as they are for the host."""
-    return ["-P", "-s", *(["-S"] if sys.flags.no_site else []), "-X", "utf8"]
+def _program(root: Path) -> tuple[list[str], dict[str, str]]:
+    """The daemon's command line without its words, and its environment; ``root`` is where this package lies.
 
-
-def _environment() -> dict[str, str]:
-    # Ours and what lies beside it, be it a folder or an archive.
-    root = str(Path(__file__).absolute().parents[2])
+    Whatever the locale of a login is, names are UTF-8, as they are for the host.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_THE_DAEMONS}
-    return {**kept, "PYTHONPATH": root}
+    if (root / "__main__.py").is_file():  # the archive that a host sends, unpacked: it holds its folder
+        return [sys.executable, "-IS", "-X", "utf8", str(root)], kept
+    return [sys.executable, "-P", "-s", "-X", "utf8", "-m", "guest_agent.remote"], {
+        **kept,
+        "PYTHONPATH": str(root),
+    }
 
 
 def _let_go_of_stdio() -> None:

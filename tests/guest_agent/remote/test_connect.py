@@ -243,6 +243,20 @@ async def test_an_agent_of_another_build_makes_room(machine: Machine, tmp_path: 
     assert await before.ended() == 0
 
 
+async def test_an_unpacked_archive_is_run_as_such(machine: Machine, tmp_path: Path) -> None:
+    """By its own first module, which knows where to look for the others, and with nothing that is installed."""
+    machine.other_build(tmp_path / "unpacked")
+    libraries = str(Path(trio.__file__).parents[1])
+    (machine.root / "__main__.py").write_text(
+        f"import sys; sys.path.append({libraries!r})\n"
+        "from guest_agent.remote.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    await works(await machine.connect())
+    command = Path(f"/proc/{machine.agent().pid}/cmdline").read_bytes().split(b"\0")  # noqa: ASYNC240
+    assert command[1:6] == [b"-IS", b"-X", b"utf8", bytes(machine.root), b"daemon"]
+
+
 async def test_a_home_with_a_long_path(machine: Machine, tmp_path: Path) -> None:
     machine.home = tmp_path / ("long" * 50)
     machine.home.mkdir()
