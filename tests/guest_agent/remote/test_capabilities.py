@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from guest_agent.remote.capabilities import (
     kills_processes,
     unseen_by_containers,
 )
-from tests.guest_agent.remote.conftest import Machine
+from tests.guest_agent.remote.conftest import REPOSITORY, Machine
 
 
 async def test_the_answer_is_one_line_behind_the_nonce(machine: Machine) -> None:
@@ -129,3 +131,13 @@ def test_what_makes_no_sense(words: list[str], capsys: pytest.CaptureFixture[str
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err
+
+
+def test_nothing_that_a_connection_waits_for_imports_trio() -> None:
+    """Which takes 0.3 s to import, where it is compiled already."""
+    program = (
+        "import sys, guest_agent.remote.__main__\n"
+        "from guest_agent.remote import capabilities, connector, ending\n"
+        "assert not {'trio', 'msgpack', 'pyroute2', 'asyncio'} & set(sys.modules), sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY, timeout=60)
