@@ -1,0 +1,105 @@
+"""What ``python3 agent.pyz`` runs on the machine: unpacks the archive once, and goes on from there.
+
+The law: it compiles under any Python 3.6, so that one that is too old says so in a sentence. Python keeps
+bytecode only of files, and trio alone takes a second to compile on a slow machine: so the modules are
+unpacked beside each other into ``~/.cache/agentctl``, in a folder named by their content, which appears
+whole or not at all. ``check`` compares every file with the archive first.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from typing import NoReturn
+
+#: Filled in by ``payload.build``: names the folder.
+CONTENT = ""
+
+OLDEST = (3, 11)
+
+
+def fail(problem: str, errno: "int | None" = None, path: str = "") -> NoReturn:
+    """Say it so that a person and ``install`` understand, and end."""
+    words = sys.argv[1:]
+    if words[:1] == ["check"] and "--nonce" in words[:-1]:
+        report = json.dumps({"problem": problem, "errno": errno, "path": path})
+        print(f"\nagentctl-failed {words[words.index('--nonce') + 1]} {report}")
+    sys.stderr.write(f"agentctl: {problem}\n")
+    sys.exit(4)
+
+
+def main() -> None:
+    if sys.version_info < OLDEST:
+        fail(f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old: it takes 3.11 or newer")
+    archive = os.path.dirname(os.path.abspath(__file__))
+    folder = archive if os.path.isdir(archive) else _unpacked(archive)
+    sys.path = [folder, *(path for path in sys.path if os.path.abspath(path) != archive)]
+    from importlib import import_module
+
+    sys.exit(import_module("guest_agent.remote.__main__").main(sys.argv[1:]))
+
+
+def _unpacked(archive: str) -> str:
+    """The folder with the modules of ``archive``, made if need be. Ends the process if it cannot be made."""
+    folder = os.path.join(os.path.expanduser("~"), ".cache", "agentctl", "agent-" + CONTENT)
+    try:
+        if not os.path.isdir(folder) or (sys.argv[1:2] == ["check"] and not _is_whole(archive, folder)):
+            _unpack(archive, folder)
+        _hold(folder)
+    except OSError as error:
+        fail(f"cannot unpack into {folder}: {error.strerror or error}", error.errno, folder)
+    return folder
+
+
+def _is_whole(archive: str, folder: str) -> bool:
+    import zipfile
+    import zlib
+
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            for entry in packed.infolist():
+                with open(os.path.join(folder, entry.filename), "rb") as file:
+                    if zlib.crc32(file.read()) != entry.CRC:
+                        return False
+    except OSError:
+        return False
+    os.utime(folder)
+    return True
+
+
+def _unpack(archive: str, folder: str) -> None:
+    import shutil
+    import tempfile
+    import zipfile
+
+    parent = os.path.dirname(folder)
+    os.makedirs(parent, 0o700, exist_ok=True)
+    new = tempfile.mkdtemp(prefix=".new-", dir=parent)
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(os.path.join(new, "in"))
+        # What is there is damaged, or another process was faster: its files and ours are the same.
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, os.path.join(new, "out"))
+        try:
+            os.rename(os.path.join(new, "in"), folder)
+        except OSError:
+            if not os.path.isdir(folder):
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _hold(folder: str) -> None:
+    """For as long as this process lives the folder is in use, and stays when others are cleared away."""
+    import fcntl
+
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # not every network filesystem has locks
+        os.close(held)
+
+
+if __name__ == "__main__":
+    main()
