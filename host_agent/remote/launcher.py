@@ -24,7 +24,7 @@ def fail(problem: str, errno: "int | None" = None, path: str = "") -> NoReturn:
     if words[:1] == ["check"] and "--nonce" in words[:-1]:
         report = json.dumps({"problem": problem, "errno": errno, "path": path})
         print(f"\nagentctl-failed {words[words.index('--nonce') + 1]} {report}")
-    sys.stderr.write(f"agentctl: {problem}\n")
+    sys.stderr.write(f"agentctl: {problem}{path and f' ({path})'}\n")
     sys.exit(4)
 
 
@@ -47,7 +47,7 @@ def _unpacked(archive: str) -> str:
             _unpack(archive, folder)
         _hold(folder)
     except OSError as error:
-        fail(f"cannot unpack into {folder}: {error.strerror or error}", error.errno, folder)
+        fail(error.strerror or str(error), error.errno, folder)
     return folder
 
 
