@@ -77,6 +77,20 @@ need_packages() {
         die "apt-get could not install: ${missing[*]}" "see its message above, and try again"
 }
 
+# need_sshd NAME...: need_packages of openssh-server and those. Its package would start an sshd for everybody, now and
+# at each boot. Where it was missing it is only a program here: Debian's units and init script leave it alone while
+# that file is there, and purging the package removes it (remove_packages, should it never have been installed).
+need_sshd() {
+    if ! have_package openssh-server && [ ! -e "$no_sshd" ]; then
+        say "sshd is for tests and comparisons only: $no_sshd keeps it from running as a server"
+        as_root mkdir -p -- "$(dirname -- "$no_sshd")"
+        printf '%s\n' "$no_sshd_text" | as_root tee -- "$no_sshd" >/dev/null
+    fi
+    need_packages "$@" openssh-server
+}
+no_sshd=/etc/ssh/sshd_not_to_be_run
+no_sshd_text="agentctl's provision scripts have installed sshd as a program. To run it as a server, remove this file."
+
 # record_packages NAME...: writes down what installing NAME... would add, one a line: those that were asked
 # for by name, and the packages they need, followed by the word auto. What is only upgraded is left out.
 record_packages() {
@@ -121,6 +135,9 @@ remove_packages() {
         say "removing the packages that were installed for this:" $packages
         apt_get purge -o APT::Get::AutomaticRemove=false $packages ||
             die "apt-get could not remove them" "see its message above, and try again"
+    fi
+    if ! have_package openssh-server && grep -qsxF -e "$no_sshd_text" "$no_sshd"; then
+        as_root rm -f -- "$no_sshd"
     fi
     rm -f "$installed_list"
 }

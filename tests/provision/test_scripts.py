@@ -164,7 +164,11 @@ def place(tmp_path: Path) -> Place:
         shutil.copy(REPOSITORY / "provision" / name, place.checkout / "provision" / name)
     # Whatever happens, the machine's own test user is not meant.
     lib = place.checkout / "provision" / "lib.sh"
-    lib.write_text(lib.read_text().replace("agentctl-test", "agentctl-nobody"))
+    lib.write_text(
+        lib.read_text()
+        .replace("agentctl-test", "agentctl-nobody")
+        .replace("/etc/ssh/sshd_not_to_be_run", f"'{tmp_path}/etc of it/ssh/sshd_not_to_be_run'")
+    )
     (place.checkout / "pyproject.toml").write_text("[project]\n")
     place.user.mkdir()
     place.state.mkdir()
@@ -253,6 +257,34 @@ def test_nothing_is_asked_of_root_when_nothing_is_missing(place: Place) -> None:
     assert place.lib("need_packages curl").stdout == ""
     assert place.calls("sudo") == []
     assert not place.home.exists()
+
+
+def test_an_sshd_that_is_installed_does_not_run(place: Place) -> None:
+    no_sshd = place.base / "etc of it/ssh/sshd_not_to_be_run"
+    # The file is there before the package is.
+    place.program(place.base / "bin/apt-get", f'[ -s "{no_sshd}" ] || exit 100\n')
+    done = place.lib("need_sshd sshfs")
+    assert done.returncode == 0, done
+    (install,) = place.calls("sudo env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -y -qq -o "
+                             "DPkg::Lock::Timeout=300 install")  # fmt: skip
+    assert install.endswith("install --no-install-recommends sshfs openssh-server")
+    # Purging removes it; and if it never was installed, uninstall does.
+    place.uninstall()
+    assert not no_sshd.exists()
+
+
+def test_somebodys_own_sshd_is_left_alone(place: Place) -> None:
+    no_sshd = place.base / "etc of it/ssh/sshd_not_to_be_run"
+    (place.state / "installed").write_text("openssh-server\n")
+    assert place.lib("need_sshd").stdout == ""
+    assert not no_sshd.exists()
+    # Neither is what somebody has written there.
+    (place.state / "installed").write_text("")
+    no_sshd.parent.mkdir(parents=True)
+    no_sshd.write_text("not here\n")
+    assert place.lib("need_sshd").returncode == 0
+    place.uninstall()
+    assert no_sshd.read_text() == "not here\n"
 
 
 def record(place: Place, *lines: str, installed: str) -> None:
@@ -537,6 +569,11 @@ def test_a_virtual_environment_is_made_again_when_its_python_has_gone(prepared: 
             "openssh-client gcc libc6-dev openssh-server",
         ),
         (("files", "--without-vm"), "tests.bench.files --without-vm", ""),
+        (
+            ("attached", "--delays", "20"),
+            "tests.bench.attached --delays 20",
+            "openssh-client fuse3 git openssh-sftp-server sshfs openssh-server",
+        ),
     ],
 )
 def test_bench_installs_what_is_compared_and_runs_it(
