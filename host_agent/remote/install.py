@@ -144,28 +144,34 @@ def _installed(answer: _Answer) -> Installed:
         raise _said(answer, "the machine did not run a command as it should")
     try:
         capabilities = Capabilities.parse(said.get("check", ""))
-        program = (_word(here.get("python")), "-IS", _word(here.get("archive")))
     except ValueError:
         raise _said(answer, "the agent does not run on the machine") from None
-    return Installed(capabilities, program)
+    return Installed(capabilities, (_word(here.get("python")), "-IS", _word(here.get("archive"))))
 
 
 def _word(text: object) -> str:
-    """An absolute path that ``shlex.quote`` quotes alike for every shell; raises ``ValueError``."""
+    """An absolute path that ``shlex.quote`` quotes alike for every shell. Raises ``UserError`` if it is none."""
     if not isinstance(text, str) or not re.fullmatch(r"/[^'\\!]{1,1000}", text) or not text.isprintable():
-        raise ValueError("a path that cannot be in a command")
+        raise UserError(
+            f"a path on the machine cannot be part of a command there: {shown(text)}",
+            "it takes a home whose path has no quotes, backslashes or exclamation marks in it",
+            ExitCode.GUEST,
+        )
     return text
 
 
-def _no_python(version: str) -> UserError:
-    version = shown(version)
-    problem = "the machine has no Python 3.11 or newer"
-    if version:
-        new = re.match(r"Python 3\.(\d+)", version)
-        problem += f": its python3 is {version}"
-        if new and int(new[1]) >= 11:
-            problem = f"{version} on the machine lacks a part of its standard library (ctypes, json or ssl)"
-    hint = "install one there, on Debian 12, Ubuntu 24.04 and newer with: sudo apt-get install python3"
+def _no_python(said: str) -> UserError:
+    version = shown(said)
+    if not version:
+        problem, package = "the machine has no Python 3.11 or newer", "python3"
+    elif (known := re.match(r"Python 3\.(\d+)", version)) and int(known[1]) >= 11:
+        problem, package = (
+            f"{version} on the machine lacks a part of its library (ctypes, json or ssl)",
+            "python3",
+        )
+    else:
+        problem, package = f"the machine has no Python 3.11 or newer: its python3 is {version}", "python3.11"
+    hint = f"install one there, on Debian and Ubuntu with: sudo apt-get install {package}"
     return UserError(problem, hint, ExitCode.DEPENDENCY)
 
 

@@ -7,7 +7,6 @@ whole or not at all. ``check`` compares every file with the archive first.
 """
 
 import contextlib
-import json
 import os
 import sys
 from typing import NoReturn
@@ -20,6 +19,8 @@ OLDEST = (3, 11)
 
 def fail(problem: str, errno: "int | None" = None, path: str = "") -> NoReturn:
     """Say it so that a person and ``install`` understand, and end."""
+    import json
+
     words = sys.argv[1:]
     if words[:1] == ["check"] and "--nonce" in words[:-1]:
         report = json.dumps({"problem": problem, "errno": errno, "path": path})

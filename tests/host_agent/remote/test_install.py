@@ -312,7 +312,7 @@ async def test_a_machine_that_lies(machine: Shell, here: dict[str, object]) -> N
             said = f"agentctl-here {nonce} {answer}\nagentctl-check {nonce} {json.dumps(CHECK)}\n"
             return Finished(0, said.encode(), b"")
 
-    assert "does not run" in (await refused(Liar(machine.home))).message
+    assert "cannot be part of a command" in (await refused(Liar(machine.home))).message
 
 
 async def test_endless_noise_is_not_kept(machine: Shell) -> None:
