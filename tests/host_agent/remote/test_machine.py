@@ -150,7 +150,7 @@ _names = st.sampled_from([*CHECK, "ok", "how", "socket", "problem", "what", "fix
 _json = st.recursive(_values, lambda inner: st.lists(inner) | st.dictionaries(_names, inner), max_leaves=10)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(list(CHECK)), _json))
 def test_any_json_is_a_check_or_refused(found: dict[str, Any]) -> None:
     try:
