@@ -265,7 +265,7 @@ remove_home() {
         ! is_instance "${path##*/}" || ours+=("$path")
     done
     remove_trees "${ours[@]}" "$1"/images/.build-* "$1"/images/{.lock,failed-build.log} \
-        "$1"/cache/accelerators.json "$1"/tools/bin/docker "$1"/tools/cli-plugins/docker-{compose,buildx} \
+        "$1"/cache/accelerators.json "$1"/cache/{agent-*.pyz,.agent-*} "$1"/tools/bin/docker "$1"/tools/cli-plugins/docker-{compose,buildx} \
         "$1"/tools/.lock "$1"/tools/.staging-*
     for path in "$1"/{images,cache,tools/bin,tools/cli-plugins,tools,instances}; do
         rmdir -- "$path" 2>/dev/null || [ ! -e "$path" ] || say "$path stays: not all that is in it is agentctl's"

@@ -8,10 +8,14 @@ stay at home. Compiled modules do too: who imports one has a fallback (msgpack).
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import io
+import json
+import secrets
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +23,14 @@ from pathlib import Path
 from typing import Final
 
 from host_agent.errors import ExitCode, UserError
+from host_agent.paths import Home
 from host_agent.remote import launcher
 from provision import bundle
 
 #: What the agent imports of others. pyroute2 as a whole is 5 MB: this one module is imported by its name and
 #: past the package's own ``__init__`` (guest_agent/sockdiag.py), which therefore is an empty one here.
 _ROOTS: Final = ("trio", "msgpack", "pyroute2.netlink.diag")
-_EMPTY: Final = frozenset({"pyroute2"})
+_EMPTY: Final = frozenset({"pyroute2/__init__.py"})
 #: These, and what they are made of; whatever else is imported is for other versions of Python, or for typing.
 _PACKAGES: Final = frozenset(
     {"attr", "attrs", "idna", "msgpack", "outcome", "pyroute2", "sniffio", "sortedcontainers", "trio"}
@@ -49,11 +54,54 @@ class Payload:
 
 @functools.cache
 def build() -> Payload:
-    """The archive for this checkout. Takes about a second, so not for trio's thread.
+    """The archive for this checkout, as it was kept in the user's cache or made. Making it takes a second of trio's
+    thread, or several where much is going on.
 
     Raises ``UserError`` if a package that the agent needs is not installed as files.
     """
-    return pack(contents())
+    folder = Home.find().cache
+    root = Path(bundle.__file__).parent.parent
+    place = hashlib.sha256(f"{root}\0{sys.prefix}".encode(errors="surrogateescape")).hexdigest()[:8]
+    kept = folder / f"agent-{place}.pyz"
+    ours = [*bundle.sources(root), Path(__file__), Path(launcher.__file__)]
+    with contextlib.suppress(OSError, ValueError):
+        return _unchanged(kept.read_bytes(), ours)
+    sources = _sources(root)
+    # Before they are read: what is changed meanwhile is looked at again next time.
+    seen = _stamps([*ours, *sources.values()])
+    made = pack({name: b"" if name in _EMPTY else path.read_bytes() for name, path in sources.items()})
+    if folder.is_dir():
+        with contextlib.suppress(OSError):
+            _keep(kept, json.dumps({"sources": seen, "digest": made.digest}).encode() + b"\n" + made.data)
+    return made
+
+
+def _unchanged(kept: bytes, ours: list[Path]) -> Payload:
+    """The archive in ``kept``. Raises ``OSError`` or ``ValueError`` if that is not what would be made now."""
+    head, _, data = kept.partition(b"\n")
+    said = json.loads(head)
+    digest = hashlib.sha256(data).hexdigest()
+    seen = said.get("sources") if isinstance(said, dict) and said.get("digest") == digest else None
+    if not isinstance(seen, dict) or not {str(path) for path in ours} <= seen.keys():
+        raise ValueError("another archive, or half of one")
+    if _stamps([Path(path) for path in seen]) != seen:
+        raise ValueError("a source has changed")
+    return Payload(data, digest)
+
+
+def _stamps(paths: list[Path]) -> dict[str, list[int]]:
+    """Size and time of change (ns) of each."""
+    found = {path: path.stat() for path in paths}
+    return {str(path): [status.st_size, status.st_mtime_ns] for path, status in found.items()}
+
+
+def _keep(path: Path, content: bytes) -> None:
+    new = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        new.write_bytes(content)
+        new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def pack(files: dict[str, bytes]) -> Payload:
@@ -76,10 +124,9 @@ def pack(files: dict[str, bytes]) -> Payload:
     return Payload(data, hashlib.sha256(data).hexdigest())
 
 
-def contents() -> dict[str, bytes]:
-    """Every module of the archive but the launcher: its path in there, and its source."""
-    root = Path(bundle.__file__).parent.parent
-    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in bundle.sources(root)}
+def _sources(root: Path) -> dict[str, Path]:
+    """Every module of the archive but the launcher: its path in there, and its source here."""
+    files = {path.relative_to(root).as_posix(): path for path in bundle.sources(root)}
     wanted = list(_ROOTS)
     seen: set[str] = set()
     while wanted:
@@ -92,9 +139,10 @@ def contents() -> dict[str, bytes]:
         if (path := _file_of(module)) is None:
             continue
         is_package = path.name == "__init__.py"
-        content = b"" if module in _EMPTY else path.read_bytes()
-        files[module.replace(".", "/") + ("/__init__.py" if is_package else ".py")] = content
-        wanted += _imports(content, module, is_package)
+        name = module.replace(".", "/") + ("/__init__.py" if is_package else ".py")
+        files[name] = path
+        if name not in _EMPTY:
+            wanted += _imports(path.read_bytes(), module, is_package)
     for needed in ("trio/__init__.py", "msgpack/fallback.py", "pyroute2/netlink/diag/__init__.py"):
         if needed not in files:
             raise UserError(

@@ -186,6 +186,7 @@ def make_home(home: Path) -> None:
         f"images/.build-{IMAGE}/root/x",
         "images/.lock",
         "cache/accelerators.json",
+        "cache/agent-01234567.pyz",
         "tools/bin/docker",
         "tools/cli-plugins/docker-buildx",
         "tools/.lock",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from host_agent.remote import payload
-from protocol import build
+from protocol.build import digest
 
 #: What stands for the agent where the launcher is what is tested.
 ENTRY = b"""
@@ -51,6 +52,19 @@ def home(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AGENTCTL_HOME", str(tmp_path / "agentctl"))
+    folder = tmp_path / "agentctl/cache"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def build() -> payload.Payload:
+    """As another process would."""
+    return payload.build.__wrapped__()
+
+
 def unpacked(home: Path) -> Path:
     (folder,) = (home / ".cache/agentctl").iterdir()
     return folder
@@ -68,8 +82,8 @@ def pythons() -> list[str]:
     return enough
 
 
-def test_the_whole_agent_runs_on_every_python_without_any_package(tmp_path: Path, home: Path) -> None:
-    packed = payload.build()
+def test_the_whole_agent_runs_on_every_python_without_any_package(tmp_path: Path, cache: Path) -> None:
+    packed = build()
     path = tmp_path / "agent.pyz"
     path.write_bytes(packed.data)
     with zipfile.ZipFile(path) as archive:
@@ -95,17 +109,64 @@ print(sorted({{module.__file__ for name, module in sys.modules.items() if "site-
 """
     for python in pythons():
         done = subprocess.run([python, "-ISc", program], capture_output=True, text=True, timeout=120)
-        assert done.stdout.splitlines() == [build.digest(), "[]"], (python, done.stderr)
+        assert done.stdout.splitlines() == [digest(), "[]"], (python, done.stderr)
 
 
 def test_equal_sources_make_equal_bytes_and_the_digest_is_theirs() -> None:
-    packed = payload.pack(payload.contents())
-    assert packed == payload.build() == payload.pack(dict(reversed(payload.contents().items())))
+    packed = payload.pack(AGENT)
+    assert packed == payload.pack(dict(reversed(AGENT.items())))
     assert packed.digest == hashlib.sha256(packed.data).hexdigest()
     with zipfile.ZipFile(io.BytesIO(packed.data)) as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_it_is_small_and_made_once(cache: Path) -> None:
+    made = build()
     # It is sent over slow lines as well; tests and tools of the packages are not in it.
-    assert len(packed.data) < 1_500_000
+    assert len(made.data) < 1_500_000
+    (kept,) = cache.iterdir()
+    before = kept.stat().st_ino
+    assert build() == made
+    assert kept.stat().st_ino == before
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "changed", "old", "no json", "more sources"])
+def test_a_kept_one_that_is_not_what_would_be_made_is_made_again(
+    cache: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"guest_agent/agent.py": Path(payload.__file__).parents[2] / "guest_agent/agent.py"}
+    monkeypatch.setattr(payload, "_sources", lambda root: few)
+    made = build()
+    (kept,) = cache.iterdir()
+    content = kept.read_bytes()
+    head, _, data = content.partition(b"\n")
+    said = json.loads(head)
+    match damage:
+        case "empty":
+            content = b""
+        case "half":
+            content = content[: len(content) // 2]
+        case "changed":
+            content = content[:-1] + b"?"
+        case "old":
+            said["sources"][payload.__file__][1] -= 1
+            content = json.dumps(said).encode() + b"\n" + data
+        case "no json":
+            content = b"[]\n" + data
+        case "more sources":
+            del said["sources"][payload.__file__]
+            content = json.dumps(said).encode() + b"\n" + data
+    kept.write_bytes(content)
+    before = kept.stat().st_ino
+    assert build() == made
+    assert kept.stat().st_ino != before
+    assert [path.name for path in cache.iterdir()] == [kept.name]
+
+
+def test_nothing_is_kept_where_there_is_no_cache(cache: Path) -> None:
+    cache.rmdir()
+    build()
+    assert not cache.exists()
 
 
 def test_it_unpacks_itself_once_and_keeps_what_python_compiled(archive: Path, home: Path) -> None:
