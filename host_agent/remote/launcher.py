@@ -32,9 +32,11 @@ def fail(problem: str, errno: "int | None" = None, path: str = "") -> NoReturn:
 def main() -> None:
     if sys.version_info < OLDEST:
         fail(f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old: it takes 3.11 or newer")
-    archive = os.path.dirname(os.path.abspath(__file__))
-    folder = archive if os.path.isdir(archive) else _unpacked(archive)
-    sys.path = [folder, *(path for path in sys.path if os.path.abspath(path) != archive)]
+    here = os.path.dirname(os.path.abspath(__file__))
+    folder = here if os.path.isdir(here) else _unpacked(here)
+    for path in {here, folder}:
+        _hold(path)
+    sys.path = [folder, *(path for path in sys.path if os.path.abspath(path) != here)]
     from importlib import import_module
 
     sys.exit(import_module("guest_agent.remote.__main__").main(sys.argv[1:]))
@@ -46,7 +48,6 @@ def _unpacked(archive: str) -> str:
     try:
         if not os.path.isdir(folder) or (sys.argv[1:2] == ["check"] and not _is_whole(archive, folder)):
             _unpack(archive, folder)
-        _hold(folder)
     except OSError as error:
         fail(error.strerror or str(error), error.errno, folder)
     return folder
@@ -64,7 +65,6 @@ def _is_whole(archive: str, folder: str) -> bool:
                         return False
     except OSError:
         return False
-    os.utime(folder)
     return True
 
 
@@ -91,15 +91,14 @@ def _unpack(archive: str, folder: str) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _hold(folder: str) -> None:
-    """For as long as this process lives the folder is in use, and stays when others are cleared away."""
+def _hold(path: str) -> None:
+    """It is in use for as long as this process lives, and has been used now: others are cleared away (receiver.py)."""
     import fcntl
 
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:  # not every network filesystem has locks
-        os.close(held)
+    # Not every network filesystem has locks; what is not ours is nobody's to clear away.
+    with contextlib.suppress(OSError):
+        fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -181,6 +182,26 @@ def test_it_unpacks_itself_once_and_keeps_what_python_compiled(archive: Path, ho
     # What is unpacked runs as well, without the archive.
     archive.unlink()
     assert launch(folder, home).stdout == f"{folder / 'guest_agent/remote/__main__.py'} []\n"
+
+
+def test_what_runs_is_held_and_was_used_now(archive: Path, home: Path) -> None:
+    launch(archive, home)
+    for program in (archive, unpacked(home)):
+        for path in (archive, unpacked(home)):
+            os.utime(path, (0, 0))
+        command = [sys.executable, "-IS", str(program), "wait"]
+        with subprocess.Popen(
+            command, env={"HOME": str(home)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout is not None
+            assert b"wait" in child.stdout.readline()
+            for path in {program, unpacked(home)}:
+                assert path.stat().st_mtime > 0
+                held = os.open(path, os.O_RDONLY)
+                with pytest.raises(BlockingIOError):
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.close(held)
+            child.communicate(b"\n", timeout=60)
 
 
 def test_another_content_is_another_folder(archive: Path, home: Path) -> None:
