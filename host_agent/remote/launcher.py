@@ -77,16 +77,20 @@ def _unpack(archive: str, folder: str) -> None:
     os.makedirs(parent, 0o700, exist_ok=True)
     new = tempfile.mkdtemp(prefix=".new-", dir=parent)
     try:
+        whole = os.path.join(new, "in")
         with zipfile.ZipFile(archive) as packed:
-            packed.extractall(os.path.join(new, "in"))
-        # What is there is damaged, or another process was faster: its files and ours are the same.
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, os.path.join(new, "out"))
+            packed.extractall(whole)
         try:
-            os.rename(os.path.join(new, "in"), folder)
+            os.rename(whole, folder)
         except OSError:
+            # Another process was faster, and may run from it already; only what is damaged is taken from it.
             if not os.path.isdir(folder):
                 raise
+            if not _is_whole(archive, folder):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(folder, os.path.join(new, "out"))
+                with contextlib.suppress(OSError):  # one more has repaired it
+                    os.rename(whole, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
