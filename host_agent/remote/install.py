@@ -25,8 +25,10 @@ from host_agent.remote import receiver
 from host_agent.remote.machine import Capabilities, shown
 from host_agent.remote.payload import Payload
 
-#: What a Python that is new enough may be called, in the order of preference; others are in nobody's PATH.
-PYTHONS: Final = ("python3", *(f"python3.{minor}" for minor in range(14, 10, -1)), "/usr/bin/python3")
+_NAMES: Final = tuple(f"python3.{minor}" for minor in range(14, 10, -1))
+#: Where a Python that is new enough may be, in the order of preference. The last ones are a user's own (uv, pip), which
+#: are in the PATH of a terminal, but not of a command.
+PYTHONS: Final = ("python3", *_NAMES, "/usr/bin/python3", *(f"~/.local/bin/{name}" for name in _NAMES))
 
 #: For a machine under load whose Python is on a cold disk.
 LOOK_TIMEOUT: Final = 60.0
@@ -117,9 +119,9 @@ def _receiver() -> bytes:
 def look_command(nonce: str, digest: str, length: int) -> str:
     """Finds a Python and has it read a program from standard input, which is followed by ``length`` bytes for it."""
     script = (
-        f"for p in {' '.join(PYTHONS)}; do command -v $p >/dev/null 2>&1 && "
-        f'$p -ISc "{_ENOUGH}" </dev/null >/dev/null 2>&1 && '
-        f'exec $p -ISc "{_RECEIVE}" $p {nonce} {digest} {length}; done; echo; '
+        f'for p in {" ".join(PYTHONS)}; do command -v "$p" >/dev/null 2>&1 && '
+        f'"$p" -ISc "{_ENOUGH}" </dev/null >/dev/null 2>&1 && '
+        f'exec "$p" -ISc "{_RECEIVE}" "$p" {nonce} {digest} {length}; done; echo; '
         f"echo agentctl-nopython {nonce} $(command -v python3 >/dev/null 2>&1 && python3 -V 2>&1)"
     )
     return f"sh -c '{script}'"

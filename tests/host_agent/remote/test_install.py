@@ -127,7 +127,7 @@ async def refused(machine: Shell, payload: Payload = PAYLOAD) -> UserError:
 
 def sent(machine: Shell) -> list[int]:
     """How many bytes each command announced."""
-    return [int(re.findall(r"\$p [0-9a-f]+ [0-9a-f]+ ([0-9]+);", command)[0]) for command in machine.ran]
+    return [int(re.findall(r'"\$p" [0-9a-f]+ [0-9a-f]+ ([0-9]+);', command)[0]) for command in machine.ran]
 
 
 async def test_an_archive_is_sent_once(machine: Shell) -> None:
@@ -243,7 +243,7 @@ def script(path: Path, text: str) -> None:
 @pytest.fixture
 def bare(machine: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     """A machine with a shell, and no Python but what the test puts into its ``bin``."""
-    monkeypatch.setattr(module, "PYTHONS", tuple(name for name in module.PYTHONS if "/" not in name))
+    monkeypatch.setattr(module, "PYTHONS", tuple(name for name in module.PYTHONS if name[0] != "/"))
     folder = tmp_path / "bin"
     (folder / "python3").unlink()
     (folder / "sh").symlink_to("/bin/sh")
@@ -273,6 +273,14 @@ async def test_a_newer_python_of_another_name_is_found(bare: Shell) -> None:
     script(Path(bare.path) / "python3", "exit 1\n")
     script(Path(bare.path) / "python3.12", f'exec {shlex.quote(sys.executable)} "$@"\n')
     assert (await install(bare, PAYLOAD, quiet)).capabilities.user == "ada"
+
+
+async def test_a_users_own_python_is_found(bare: Shell) -> None:
+    script(Path(bare.path) / "python3", "exit 1\n")
+    own = bare.home / ".local/bin/python3.13"
+    own.parent.mkdir(parents=True)
+    own.symlink_to(sys.executable)
+    assert (await install(bare, PAYLOAD, quiet)).program[0] == str(own)
 
 
 async def test_a_shell_that_runs_nothing(machine: Shell) -> None:
@@ -307,7 +315,7 @@ async def test_an_agent_that_does_not_run(machine: Shell) -> None:
 async def test_a_machine_that_lies(machine: Shell, here: dict[str, object]) -> None:
     class Liar(Shell):
         async def run(self, command: str, input: bytes = b"", timeout: float = 60.0) -> Finished:
-            nonce = re.findall(r"\$p ([0-9a-f]+) ", command)[0]
+            nonce = re.findall(r'"\$p" ([0-9a-f]+) ', command)[0]
             answer = json.dumps({"python": "/usr/bin/python3", "archive": "/x.pyz"} | here)
             said = f"agentctl-here {nonce} {answer}\nagentctl-check {nonce} {json.dumps(CHECK)}\n"
             return Finished(0, said.encode(), b"")
