@@ -36,8 +36,9 @@ LOOK_TIMEOUT: Final = 60.0
 SLOWEST: Final = 20_000
 #: A transfer that arrived damaged is repeated: a startup file may have taken a piece of the first one.
 SENDINGS: Final = 2
-#: Of what the machine wrote; an answer is a few kB, and noise is not of interest.
-MAX_ANSWER: Final = 256 * 1024
+#: Of what the machine wrote this much is looked through, bytes; an answer is a few kB, and the rest is noise.
+MAX_NOISE: Final = 4 * 1024 * 1024
+MAX_ANSWER: Final = 64 * 1024
 
 #: Old ones are left out, and those without ctypes or ssl (Debian's python3-minimal): trio imports both.
 _ENOUGH: Final = "import sys, ctypes, json, ssl; sys.exit(sys.version_info < (3, 11))"
@@ -106,10 +107,14 @@ async def _ask(machine: Machine, payload: Payload, data: bytes, timeout: float) 
     program = _receiver()
     command = look_command(nonce, payload.digest, len(data))
     done = await machine.run(command, b"%d\n" % len(program) + program + data, timeout=timeout)
-    out = done.out[:MAX_ANSWER].decode(errors="replace")
-    marked = re.finditer(rf"agentctl-([a-z]+) {nonce} ?([^\r\n]*)", out)
-    noise = done.err[:MAX_ANSWER].decode(errors="replace").strip() or out.strip()
-    return _Answer({found[1]: found[2] for found in marked}, noise)
+    mark = rb"agentctl-([a-z]+) %b ?([^\r\n]{0,%d})" % (nonce.encode(), MAX_ANSWER)
+    marked = re.finditer(mark, done.out[:MAX_NOISE])
+    noise = done.err[-MAX_ANSWER:].strip() or done.out[:MAX_ANSWER].strip()
+    return _Answer({found[1].decode(): _text(found[2]) for found in marked}, _text(noise))
+
+
+def _text(said: bytes) -> str:
+    return said.decode(errors="replace")
 
 
 def _receiver() -> bytes:
