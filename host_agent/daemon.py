@@ -2,25 +2,20 @@
 
     python -m host_agent.daemon DIRECTORY --lock-fd FD --keeper-fd FD [--store-fds FD,FD,FD,FD]
 
-The composition root: everything is put together here and nothing is decided here. The law: whatever the
-agent opened (listeners, sockets, QEMU) is closed in the order in which it was opened, reversed, on every
-way out; and if the agent is killed, the next one finds the VM running and takes it over.
+The composition root of a VM. What every agent is, is in ``instance_agent``; here is put together what boots, watches
+and ends QEMU, and nothing is decided. The law: if the agent is killed, the next one finds the VM running and takes it
+over.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import resource
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import trio
 
@@ -31,20 +26,14 @@ from host_agent import (
     disk_upkeep,
     docker_context,
     docker_ready,
-    groups,
     guest_units,
-    hints,
-    keeper,
-    owners,
     ssh,
     state,
 )
-from host_agent.api_server import Answers, ApiServer
 from host_agent.boot import Booter, vm_files
 from host_agent.bulk_memory import SIZE as BULK_MEMORY_SIZE
 from host_agent.bulk_plane import plane
-from host_agent.cleanup import clean_up, remember
-from host_agent.client import hello
+from host_agent.cleanup import remember
 from host_agent.configuration import config as configuration
 from host_agent.console import Farewell
 from host_agent.disk_room import DiskState
@@ -52,43 +41,18 @@ from host_agent.disk_upkeep import DiskUpkeep
 from host_agent.docker_context import Activation
 from host_agent.docker_socket import docker_forwarder
 from host_agent.errors import ExitCode, UserError
-from host_agent.events import EventLog
-from host_agent.file_service import FileService
-from host_agent.forwarders import Connections, ForwardRunner
 from host_agent.guest_clock import ClockKeeper
-from host_agent.guest_link import GuestLink
 from host_agent.guest_setup import GuestSetup
 from host_agent.host_network import HostNetwork
+from host_agent.instance_agent import InstanceAgent, main
 from host_agent.paths import Home, InstancePaths
-from host_agent.port_rules import PortRules
-from host_agent.process import ProcessIdentity
 from host_agent.provisioning import Provisioning
 from host_agent.qmp import QmpClosed, QmpError
-from host_agent.socket_forwards import SocketForwards
 from host_agent.vm import RebootPolicy, VirtualMachine
 from host_agent.vm_watch import DISK_FULL, DISK_FULL_HINT, VmWatch
-from protocol import build
-from protocol.api import (
-    Configure,
-    Forwards,
-    GetGuestInfo,
-    GetGuestUsage,
-    GuestInfo,
-    GuestUsage,
-    InstanceStatus,
-    Listeners,
-    MountSpec,
-    MountState,
-    PortSettings,
-    Shutdown,
-    SocketForward,
-    Stage,
-    StopInstance,
-    Usage,
-)
+from protocol.api import Configure, InstanceStatus, Shutdown, Stage
 from protocol.errors import AgentctlProtocolError
-from protocol.lane import Lane
-from protocol.link import Link, Service
+from protocol.link import Link
 from protocol.region import CONTROL
 from provision import image as images
 from provision import recipe as recipes
@@ -103,60 +67,19 @@ SHUTDOWN_TIME = 120.0
 GUEST_RETURN_TIME = 15.0
 SHUTDOWN_REPLY_TIME = 30.0
 
-#: How long `status` waits for the guest's part of the answer, seconds.
-GUEST_INFO_TIME = 2.0
-
 #: How soon a VM that goes on has tried again what it could not write, seconds.
 WRITE_TIME = 2.0
 
 
-class HostAgent:
+class HostAgent(InstanceAgent):
     """One run of an instance, from QEMU's start (or adoption) to its end."""
 
     def __init__(self, home: Home, paths: InstancePaths, lock: int, store: Sequence[int] = ()) -> None:
-        self._home = home
-        self._paths = paths
-        self._lock = lock
-        self._store = store
-        self._host = configuration.Host.measure()
-        self._config, damage = configuration.load_running(paths, self._host)
+        super().__init__(home, paths, lock, store, bulk=plane(CONTROL, paths))
         self._recipe = recipes.load(runtime=self._config.runtime)
         self._image = images.find(home.images, self._recipe.digest)
-        self._events = EventLog()
-        if damage:
-            self._events.say("config", damage)
-        self._stage = Stage.STARTING
-        self._detail = ""
-        self._hint = ""
         self._vm: VirtualMachine | None = None
-        self._forced = trio.Event()
-        self._work = trio.CancelScope()
-        self._over = trio.Event()
         self._connected = trio.Event()
-        self._lane = Lane()
-        service = Service()
-        service.on_notice(Listeners, self._on_listeners)
-        self._guest = GuestLink(
-            paths.control_socket,
-            hello("agentctl-host"),
-            service,
-            on_up=self._guest_up,
-            on_down=self._guest_down,
-            bulk=plane(CONTROL, paths),
-            lane=self._lane,
-        )
-        carried = Connections()
-        self._forwards = ForwardRunner(
-            self._guest.dial,
-            self._events.publish,
-            dial_now=self._guest.dial_now,
-            lane=self._lane,
-            carried=carried,
-        )
-        self._ports = PortRules(self._config.ports, self._forwards.change_rules, self._remember_ports)
-        self._files = FileService(
-            home, paths, self._config.mounts, self._events.say, self._remember_mounts, store=store
-        )
         self._network = HostNetwork(
             self._config.network, docker_context.context_name(paths.name), self._events.say
         )
@@ -173,70 +96,21 @@ class HostAgent:
         )
         self._setup = GuestSetup(self._config.guest, paths.ssh_agent, self._network, self._events.say)
         self._provision_problems: list[str] = []
-        self._sockets = SocketForwards(
-            self._config.sockets, self._guest.dial, self._remember_sockets, carried, self._setup.sockets
-        )
-        self._sockets.register(service)
-        answers = Answers(
-            status=self.status,
-            forwards=lambda: Forwards(self._forwards.rows()),
-            stop=self.stop,
-            dial=self._guest.dial,
-            mounts=self._files.report,
-            add_mounts=self._files.add,
-            port_settings=lambda: self._ports.settings,
-            change_ports=self._ports.change,
-            sockets=self._sockets.report,
-            change_sockets=self._sockets.change,
-            owners=lambda: owners.ask(self._guest.current),
+        self._serve(
+            self._setup.sockets,
             disk=self._disk.report,
             change_disk=self._disk.grow,
             compact_disk=self._disk.compact,
-            usage=self.usage,
-            reload=self.reload,
         )
-        self._api = ApiServer(paths.agent_socket, answers, self._events)
 
-    async def run(self, keeper_pipe: int) -> None:
-        """Live until the instance is over, whatever ends it."""
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._api.run)
-            nursery.start_soon(self._lane.run)
-            nursery.start_soon(self._watch_keeper, keeper_pipe)
-            await nursery.start(self._watch_signals)
-            try:
-                with groups.collapsed():
-                    await self._live()
-                self._end(Stage.STOPPED, "stopped")
-            except UserError as error:
-                self._fail(error)
-            await self._api.farewell(self._detail)
-            nursery.cancel_scope.cancel()
+    async def _start_beside(self, nursery: trio.Nursery) -> None:
+        await nursery.start(self._network.run)
+        await nursery.start(self._setup.run)
+        nursery.start_soon(self._clock.run)
+        nursery.start_soon(clock_jumps.watch, self._clock.look)
+        nursery.start_soon(self._disk.run)
 
-    async def _live(self) -> None:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._forwards.run)
-            await nursery.start(self._sockets.run)
-            await nursery.start(self._network.run)
-            await nursery.start(self._setup.run)
-            nursery.start_soon(self._guest.run)
-            # Until the very end: what stops in the guest may still be writing.
-            nursery.start_soon(self._files.run)
-            nursery.start_soon(self._clock.run)
-            nursery.start_soon(clock_jumps.watch, self._clock.look)
-            nursery.start_soon(self._disk.run)
-            # Not `finally`: if this agent has a bug, the VM stays, and the next agent takes it over.
-            try:
-                with self._work, groups.collapsed():
-                    await self._work_until_vm_ends()
-                await self._shut_down()
-            except UserError:
-                await self._clean_up()
-                raise
-            await self._clean_up()
-            nursery.cancel_scope.cancel()
-
-    async def _work_until_vm_ends(self) -> None:
+    async def _work_until_it_ends(self) -> None:
         self._vm = await VirtualMachine.adopt(vm_files(self._paths))
         if state.load(self._paths.state).stopping:
             # The agent before us was killed while it stopped the instance; that is what is still wanted.
@@ -398,24 +272,7 @@ class HostAgent:
         self._connected.set()
         self._clock.look()  # last, so that it finds this session
 
-    def _guest_down(self) -> None:
-        self._forwards.link_lost()
-        self._sockets.link_lost()
-        self._events.say("guest-lost", "the guest agent is gone; waiting for it")
-
-    async def _on_listeners(self, notice: Listeners) -> None:
-        await self._forwards.on_listeners(notice)
-
     # --- ends -------------------------------------------------------------------------------------
-
-    async def stop(self, request: StopInstance) -> None:
-        """Stop the instance; returns when it is over."""
-        if request.force:
-            self._forced.set()
-        remember(self._paths, stopping=True)
-        self._enter(Stage.STOPPING, "stopping")
-        self._work.cancel()
-        await self._over.wait()
 
     async def _shut_down(self) -> None:
         """In good order if the guest can be asked, by the power button else, and at last by force."""
@@ -477,69 +334,30 @@ class HostAgent:
     async def _clean_up(self) -> None:
         if self._vm is not None and self._vm.alive():
             await self._vm.quit()
-        if warning := await trio.to_thread.run_sync(clean_up, self._paths):
-            self._events.say("docker-context", warning)
-
-    def _fail(self, error: UserError) -> None:
-        remember(
-            self._paths,
-            wanted=False,
-            failure=error.message,
-            hint=error.hint,
-            failure_code=int(error.exit_code),
-        )
-        self._enter(Stage.FAILED, error.message)
-        self._events.say("failed", error.message, hint=error.hint, code=str(int(error.exit_code)))
-        self._over.set()
-
-    def _end(self, stage: Stage, detail: str) -> None:
-        remember(self._paths, wanted=False, failure="", hint="", failure_code=0)
-        self._enter(stage, detail)
-        self._over.set()
+        await super()._clean_up()
 
     # --- what is known ----------------------------------------------------------------------------
 
-    def _enter(self, stage: Stage, detail: str, hint: str = "") -> None:
-        if self._stage in (Stage.STOPPING,) and stage not in (Stage.STOPPED, Stage.FAILED):
-            return
-        self._stage, self._detail, self._hint = stage, detail, hint
-        self._events.say("stage", detail, stage=stage.value)
-
     async def status(self) -> InstanceStatus:
-        """The instance as it is now; the guest's part is left out if it does not answer soon."""
         current = state.load(self._paths.state)
         link = self._guest.current
-        rows = self._files.current().mounts
         bulk_memory, bulk_reason = self._bulk(current)
         disk_full = self._vm_watch.state is DiskState.FULL
         disk = disk_upkeep.at_rest(self._paths, self._config.disk)
-        return InstanceStatus(
-            name=self._paths.name,
-            stage=self._stage,
-            detail=DISK_FULL if disk_full else self._detail,
-            hint=DISK_FULL_HINT if disk_full else self._hint,
+        status = await self._status(current, link)
+        return replace(
+            status,
+            detail=DISK_FULL if disk_full else status.detail,
+            hint=DISK_FULL_HINT if disk_full else status.hint,
             accelerator=current.accelerator,
             cpus=self._config.cpus,
             memory=self._config.memory,
             disk=self._config.disk,
             image=self._recipe.digest,
             qemu_pid=self._vm.identity.pid if self._vm and self._vm.alive() else 0,
-            agent_pid=os.getpid(),
-            started_at=current.started_at,
-            restarts=current.boot_restarts,
-            guest_connected=link is not None,
-            guest_digest=link.peer.digest if link else "",
-            host_digest=build.digest(),
             docker_socket="" if self._containerd else str(self._paths.docker_socket),
             docker_context="" if self._containerd else docker_context.context_name(self._paths.name),
-            guest=await _guest_info(link) if link else None,
-            agent_sessions=self._guest.sessions,
-            agent_restarts=current.agent_restarts,
             accelerator_reason=current.accelerator_reason,
-            mounts=len(rows),
-            mounts_working=sum(row.state is MountState.MOUNTED for row in rows),
-            file_server_pid=self._files.pid,
-            file_server_restarts=self._files.restarts,
             bulk_memory=bulk_memory,
             bulk_reason=bulk_reason,
             disk_state=self._vm_watch.state.value,
@@ -550,20 +368,7 @@ class HostAgent:
             containerd_socket=str(self._paths.containerd_socket) if self._containerd else "",
         )
 
-    async def usage(self) -> Usage:
-        """What it uses now; the guest's part is left out if it does not answer soon, or is of an older version."""
-        traffic, link = self._guest.traffic, self._guest.current
-        guest: GuestUsage | None = None
-        if link is not None:
-            with suppress(AgentctlProtocolError):
-                guest = await link.request(GetGuestUsage(), timeout=GUEST_INFO_TIME)
-        return Usage(traffic.received, traffic.sent, guest)
-
     async def reload(self) -> list[str]:
-        """Have now what the file wants to run in the guest; what that did, in sentences.
-
-        Raises ``UserError`` for a file that is not understood, and ``OSError`` if it cannot be kept.
-        """
         guest = configuration.load(self._paths, self._host).guest
         self._config = self._config.with_guest(guest)
         configuration.save_kept(self._paths.running_config, self._config)
@@ -578,83 +383,6 @@ class HostAgent:
             return 0, "the guest does not offer the memory that it was given"
         return current.bulk_memory, current.bulk_reason
 
-    def _remember_mounts(self, specs: tuple[MountSpec, ...]) -> None:
-        self._remember(mounts=specs)
-
-    def _remember_sockets(self, sockets: tuple[SocketForward, ...]) -> None:
-        self._remember(sockets=sockets)
-
-    def _remember_ports(self, settings: PortSettings) -> None:
-        self._remember(
-            rules=tuple(settings.rules),
-            lan=settings.lan,
-            privileged_offset=settings.privileged_offset,
-        )
-
-    def _remember(self, **changes: Any) -> None:
-        self._config = configuration.save_changes(self._paths, self._config, **changes)
-        with suppress(OSError):  # a full disk; what people have is in their file
-            configuration.save_kept(self._paths.running_config, self._config)
-
-    # --- watching ---------------------------------------------------------------------------------
-
-    async def _watch_keeper(self, pipe: int) -> None:
-        """Start a new keeper whenever ours dies: its end of the pipe is closed by its death."""
-        while True:
-            await trio.lowlevel.wait_readable(pipe)
-            os.close(pipe)
-            pipe, writer = os.pipe()
-            self._events.say("keeper", "the keeper died; starting another")
-            await trio.to_thread.run_sync(
-                partial(
-                    keeper.spawn, self._paths, self._lock, adopt=os.getpid(), alive=writer, store=self._store
-                )
-            )
-            os.close(writer)
-
-    async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Asked to end (a logout, a shutdown of the host): the guest is shut down in good order."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            task_status.started()
-            async for _ in received:
-                remember(self._paths, stopping=True)
-                self._enter(Stage.STOPPING, "stopping on a signal")
-                self._work.cancel()
-
-
-async def _guest_info(link: Link) -> GuestInfo | None:
-    try:
-        return await link.request(GetGuestInfo(), timeout=GUEST_INFO_TIME)
-    except AgentctlProtocolError:
-        return None
-
-
-def raise_descriptor_limit() -> None:
-    """Every forwarded connection takes two descriptors; the usual soft limit of 1,024 is soon reached."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="agentctl-host")
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--lock-fd", type=int, required=True)
-    parser.add_argument("--keeper-fd", type=int, required=True)
-    parser.add_argument("--store-fds", type=keeper.read, default=())
-    arguments = parser.parse_args()
-    raise_descriptor_limit()
-    os.umask(0o077)
-    paths = InstancePaths(arguments.directory)
-    hints.choose(paths.name)
-    agentlog.log_to(paths.agent_log)
-    if identity := ProcessIdentity.of(os.getpid()):
-        identity.write(paths.agent_identity)
-    home = Home(arguments.directory.parent.parent)
-    agent = HostAgent(home, paths, arguments.lock_fd, arguments.store_fds)
-    groups.run(agent.run, arguments.keeper_fd)
-    return 0
-
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(HostAgent))

@@ -362,7 +362,7 @@ async def test_a_guest_that_reboots_is_booted_again(
     agent: HostAgent, boots: Boots, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(agent._work_until_vm_ends)
+        nursery.start_soon(agent._work_until_it_ends)
         await trio.sleep(1000)
         boots.vms[0].ends(Farewell.REBOOT)
         await trio.sleep(1000)
@@ -388,7 +388,7 @@ async def test_one_that_does_nothing_but_reboot_ends_the_instance(
     with pytest.raises(UserError, match="has rebooted 5 times in a row"), groups.collapsed():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reboot_again_and_again)
-            await agent._work_until_vm_ends()
+            await agent._work_until_it_ends()
     assert len(boots.vms) == allowed + 1
 
 
@@ -397,7 +397,7 @@ async def test_a_guest_that_ends_otherwise_is_not_booted_again(
 ) -> None:
     with pytest.raises(UserError, match="ended unexpectedly: QEMU ended") as caught, groups.collapsed():
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(agent._work_until_vm_ends)
+            nursery.start_soon(agent._work_until_it_ends)
             await trio.sleep(1)
             boots.vms[0].ends(None)
     assert caught.value.exit_code is ExitCode.BOOT
@@ -414,7 +414,7 @@ async def test_a_stop_while_it_reboots_is_obeyed(
 
         async def work() -> None:
             with agent._work:
-                await agent._work_until_vm_ends()
+                await agent._work_until_it_ends()
             await agent._shut_down()
             agent._over.set()
 
