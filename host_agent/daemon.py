@@ -385,4 +385,4 @@ class HostAgent(InstanceAgent):
 
 
 if __name__ == "__main__":
-    sys.exit(main(HostAgent))
+    sys.exit(main(lambda home, paths, given: HostAgent(home, paths, given.lock, given.store)))

@@ -15,6 +15,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,16 @@ class InstanceAgent(ABC):
         lock: int,
         store: Sequence[int] = (),
         *,
+        answers: int | None = None,
         bulk: Bulk | None = None,
     ) -> None:
-        """``store`` are the keeper's sockets for the descriptor store; ``bulk`` is the control plane's."""
+        """``store`` are the keeper's sockets for the descriptor store, ``answers`` what it keeps for us besides;
+        ``bulk`` is the control plane's."""
         self._home = home
         self._paths = paths
         self._lock = lock
         self._store = store
+        self._answers = answers
         self._host = configuration.Host.measure()
         self._config, damage = configuration.load_running(paths, self._host)
         self._events = EventLog()
@@ -331,7 +335,13 @@ class InstanceAgent(ABC):
             self._events.say("keeper", "the keeper died; starting another")
             await trio.to_thread.run_sync(
                 partial(
-                    keeper.spawn, self._paths, self._lock, adopt=os.getpid(), alive=writer, store=self._store
+                    keeper.spawn,
+                    self._paths,
+                    self._lock,
+                    adopt=os.getpid(),
+                    alive=writer,
+                    store=self._store,
+                    answers=self._answers,
                 )
             )
             os.close(writer)
@@ -360,21 +370,34 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def main(make: Callable[[Home, InstancePaths, int, Sequence[int]], InstanceAgent]) -> int:
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What a keeper gives to its host agent: descriptors of the instance's lock, of its end of the pipe, of the store,
+    and of answers."""
+
+    lock: int
+    keeper: int
+    store: Sequence[int] = ()
+    answers: int | None = None
+
+
+def main(make: Callable[[Home, InstancePaths, Inherited], InstanceAgent]) -> int:
     """The program: the agent that ``make`` makes of what the keeper says on the command line."""
     parser = argparse.ArgumentParser(prog="agentctl-host")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--lock-fd", type=int, required=True)
     parser.add_argument("--keeper-fd", type=int, required=True)
     parser.add_argument("--store-fds", type=keeper.read, default=())
-    arguments = parser.parse_args()
+    parser.add_argument("--answers-fd", type=int)
+    words = parser.parse_args()
+    inherited = Inherited(words.lock_fd, words.keeper_fd, words.store_fds, words.answers_fd)
     raise_descriptor_limit()
     os.umask(0o077)
-    paths = InstancePaths(arguments.directory)
+    paths = InstancePaths(words.directory)
     hints.choose(paths.name)
     agentlog.log_to(paths.agent_log)
     if identity := ProcessIdentity.of(os.getpid()):
         identity.write(paths.agent_identity)
-    agent = make(Home(arguments.directory.parent.parent), paths, arguments.lock_fd, arguments.store_fds)
-    groups.run(agent.run, arguments.keeper_fd)
+    agent = make(Home(words.directory.parent.parent), paths, inherited)
+    groups.run(agent.run, inherited.keeper)
     return 0

@@ -1,6 +1,7 @@
 """The keeper: a process of an instance that does one thing, start its host agent again when it dies.
 
     python -m host_agent.keeper DIRECTORY --lock-fd FD [--adopt PID --alive-fd FD --store-fds FD,FD,FD,FD]
+                                          [--answers-fd FD]
 
 The law: it knows nothing of VMs, ports or Docker, so that there is next to nothing in it that could
 fail. It and the host agent watch each other: the agent holds the read end of a pipe whose write end
@@ -8,7 +9,8 @@ dies with the keeper, and starts a new keeper that adopts it. Both hold the inst
 file description), so the instance counts as alive as long as either does.
 
 What the files plane must not lose with a host agent (``descriptor_store``) is in the queues of sockets that the
-keeper makes, has open and never looks at; keeper and host agent give them to each successor of the other.
+keeper makes, has open and never looks at; keeper and host agent give them to each successor of the other. So do they
+with what a user has answered on the way to an attached machine (``remote.answers``), which is nowhere else.
 
 QEMU, the host agent's child, becomes the keeper's when the agent dies (it is a subreaper), which only
 reaps it: the next host agent finds it by its recorded identity.
@@ -40,6 +42,10 @@ WINDOW = 60.0
 #: Delay before the second start within the window, doubling: 0.05 s, 0.1 s ... 3.2 s.
 FIRST_DELAY = 0.05
 
+#: The host agent of a VM, and that of a machine that is attached.
+VM_AGENT = "host_agent.daemon"
+ATTACHED_AGENT = "host_agent.remote.daemon"
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -50,11 +56,13 @@ def spawn(
     adopt: int | None = None,
     alive: int | None = None,
     store: Sequence[int] = (),
+    answers: int | None = None,
 ) -> None:
     """Start a keeper in a session of its own, which outlives us. It holds ``lock`` (a descriptor).
 
     With ``adopt`` it watches over that running host agent, ``alive`` being the write end of the pipe
     that tells the agent that its keeper lives, and ``store`` what the agent had from the keeper before.
+    ``answers`` is for each host agent.
     """
     command = [sys.executable, "-m", "host_agent.keeper", str(paths.directory), "--lock-fd", str(lock)]
     descriptors = [lock]
@@ -64,6 +72,9 @@ def spawn(
     if store:
         command += ["--store-fds", written(store)]
         descriptors += store
+    if answers is not None:
+        command += ["--answers-fd", str(answers)]
+        descriptors.append(answers)
     with paths.agent_log.open("ab") as log:
         # Two generations: the keeper is nobody's child, so nobody has to reap it. The session is the
         # keeper's own, so a ^C in the terminal of `up` does not reach it.
@@ -117,10 +128,13 @@ def _environment() -> dict[str, str]:
 class Keeper:
     """Keeps one host agent running until it is no longer wanted."""
 
-    def __init__(self, paths: InstancePaths, lock: int, store: Sequence[int] = ()) -> None:
+    def __init__(
+        self, paths: InstancePaths, lock: int, store: Sequence[int] = (), answers: int | None = None
+    ) -> None:
         self._paths = paths
         self._lock = lock
         self._store = store
+        self._answers = answers
         self._starts: list[float] = []
 
     def run(self, adopted: int | None = None, alive: int | None = None) -> int:
@@ -143,10 +157,14 @@ class Keeper:
     def _run_agent(self) -> int:
         """Run a host agent to its end; its exit status, negative for a signal."""
         reader, writer = os.pipe()
-        command = [sys.executable, "-m", "host_agent.daemon", str(self._paths.directory)]
+        program = ATTACHED_AGENT if self._paths.attached.exists() else VM_AGENT
+        command = [sys.executable, "-m", program, str(self._paths.directory)]
         command += ["--lock-fd", str(self._lock), "--keeper-fd", str(reader)]
         command += ["--store-fds", written(self._store)]
         inherited = [self._lock, reader, *self._store]
+        if self._answers is not None:
+            command += ["--answers-fd", str(self._answers)]
+            inherited.append(self._answers)
         agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
         os.close(reader)
         try:
@@ -216,12 +234,13 @@ def main() -> int:
     parser.add_argument("--adopt", type=int)
     parser.add_argument("--alive-fd", type=int)
     parser.add_argument("--store-fds", type=read)
+    parser.add_argument("--answers-fd", type=int)
     arguments = parser.parse_args()
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     become_subreaper()
     store = make_store() if arguments.store_fds is None else arguments.store_fds
-    keeper = Keeper(InstancePaths(arguments.directory), arguments.lock_fd, store)
+    keeper = Keeper(InstancePaths(arguments.directory), arguments.lock_fd, store, arguments.answers_fd)
     return keeper.run(arguments.adopt, arguments.alive_fd)
 
 

@@ -83,6 +83,11 @@ class InstancePaths:
         return Home(self.directory.parent.parent)
 
     @property
+    def attached(self) -> Path:
+        """Of an instance that is a machine over SSH and no VM: which one, and where the agent is there."""
+        return self.directory / "attached.json"
+
+    @property
     def running_config(self) -> Path:
         """What an instance that runs was made of, for the agent that comes after a killed one."""
         return self.directory / "running.json"

@@ -22,6 +22,7 @@ from host_agent import (
     mount_rows,
     mounts,
     rule_text,
+    starting,
     state,
     up,
 )
@@ -1048,7 +1049,7 @@ async def test_errors_of_the_one_who_uses_it_come_through(instance: InstancePath
 
 
 @asynccontextmanager
-async def starting(paths: InstancePaths) -> AsyncIterator[Running]:
+async def one_that_starts(paths: InstancePaths) -> AsyncIterator[Running]:
     async with served(paths) as running:
         running.instance.status = replace(STATUS, stage=Stage.STARTING)
         with state.locked(paths.lock):
@@ -1058,12 +1059,12 @@ async def starting(paths: InstancePaths) -> AsyncIterator[Running]:
 async def test_up_follows_a_start_to_its_end(instance: InstancePaths) -> None:
     told: list[str] = []
     result: list[InstanceStatus] = []
-    async with starting(instance) as running:
+    async with one_that_starts(instance) as running:
         running.events.say("stage", "booting the VM", stage="booting")
         async with trio.open_nursery() as nursery:
 
             async def follow() -> None:
-                result.append(await up._follow_start(instance, told.append))
+                result.append(await starting._follow_start(instance, told.append))
 
             nursery.start_soon(follow)
             await until(lambda: told)
@@ -1087,10 +1088,10 @@ async def test_up_follows_a_start_to_its_end(instance: InstancePaths) -> None:
 async def test_up_says_why_a_start_failed(
     instance: InstancePaths, kind: str, fields: dict[str, str], message: str, code: ExitCode
 ) -> None:
-    async with starting(instance) as running:
+    async with one_that_starts(instance) as running:
         running.events.say(kind, "it broke", **fields)
         with trio.fail_after(5), pytest.raises(UserError, match=message) as caught:
-            await up._follow_start(instance, lambda text: None)
+            await starting._follow_start(instance, lambda text: None)
     assert caught.value.exit_code is code
     assert caught.value.hint == fields.get("hint", "")
 
@@ -1098,7 +1099,7 @@ async def test_up_says_why_a_start_failed(
 async def test_up_finds_the_reason_that_a_lost_agent_left(instance: InstancePaths) -> None:
     state.save(instance.state, InstanceState(failure="the VM panicked", hint="see", failure_code=7))
     with trio.fail_after(5), pytest.raises(UserError, match="the VM panicked") as caught:
-        await up._follow_start(instance, lambda text: None)
+        await starting._follow_start(instance, lambda text: None)
     assert (caught.value.exit_code, caught.value.hint) == (ExitCode.BOOT, "see")
 
 
@@ -1107,7 +1108,7 @@ async def test_up_follows_the_agent_that_takes_the_place_of_a_killed_one(instanc
     result: list[InstanceStatus] = []
 
     async def follow() -> None:
-        result.append(await up._follow_start(instance, lambda text: None))
+        result.append(await starting._follow_start(instance, lambda text: None))
 
     with trio.fail_after(5), state.locked(instance.lock):
         async with trio.open_nursery() as nursery:
@@ -1127,7 +1128,7 @@ async def test_up_does_not_wait_for_an_agent_that_was_killed_with_its_keeper(ins
 
     async def follow() -> None:
         try:
-            await up._follow_start(instance, lambda text: None)
+            await starting._follow_start(instance, lambda text: None)
         except UserError as error:
             failures.append(error)
 
@@ -1142,30 +1143,30 @@ async def test_up_does_not_wait_for_an_agent_that_was_killed_with_its_keeper(ins
 
 
 async def test_a_second_up_gets_the_instance_that_runs(instance: InstancePaths) -> None:
-    assert await up._running(instance, lambda text: None) is None
-    async with starting(instance) as running:
+    assert await starting.running(instance, lambda text: None) is None
+    async with one_that_starts(instance) as running:
         running.instance.status = STATUS
-        assert await up._running(instance, lambda text: None) == STATUS
+        assert await starting.running(instance, lambda text: None) == STATUS
 
 
 async def test_up_during_stop_is_told_to_come_back(instance: InstancePaths) -> None:
-    async with starting(instance) as running:
+    async with one_that_starts(instance) as running:
         running.instance.status = replace(STATUS, stage=Stage.STOPPING)
         with pytest.raises(UserError, match="is just stopping") as caught:
-            await up._running(instance, lambda text: None)
+            await starting.running(instance, lambda text: None)
     assert caught.value.exit_code is ExitCode.BUSY
 
 
 async def test_an_interrupted_start_is_ended_by_force(instance: InstancePaths) -> None:
     state.save(instance.state, InstanceState(wanted=True))
-    async with starting(instance) as running:
+    async with one_that_starts(instance) as running:
         running.instance.over.set()
-        await up.abandon(instance)
+        await starting.abandon(instance)
         assert running.instance.stops == [StopInstance(force=True)]
     assert not state.load(instance.state).wanted
 
 
 async def test_abandoning_what_never_came_to_life(instance: InstancePaths) -> None:
     with trio.fail_after(5):
-        await up.abandon(instance)
+        await starting.abandon(instance)
     assert not state.load(instance.state).wanted

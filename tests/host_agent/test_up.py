@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from host_agent import forwards_at_rest, up
+from host_agent import forwards_at_rest, starting, up
 from host_agent.configuration import config
 from host_agent.configuration.config import Host, Wishes
 from host_agent.errors import ExitCode, UserError
@@ -37,14 +37,14 @@ def at_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up, "find_qemu", lambda: None)
     monkeypatch.setattr(up.images, "ensure", lambda *arguments: SimpleNamespace(manifest=manifest))
     monkeypatch.setattr(up, "_docker_tools", no_tools)
-    monkeypatch.setattr(up.keeper, "spawn", spawn)
+    monkeypatch.setattr(starting.keeper, "spawn", spawn)
 
 
 def before_the_lock(change: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     async def running(*arguments: object) -> None:
         change()
 
-    monkeypatch.setattr(up, "_running", running)
+    monkeypatch.setattr(starting, "running", running)
 
 
 def while_the_image_is_built(change: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
