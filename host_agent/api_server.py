@@ -28,6 +28,7 @@ from host_agent.unix_listening import listen_unix
 from protocol import codec
 from protocol.api import (
     AddMounts,
+    Attachment,
     ChangeDisk,
     ChangePorts,
     ChangeSocketForwards,
@@ -54,6 +55,7 @@ from protocol.api import (
     Owner,
     PortSettings,
     ReloadSettings,
+    RemoveMounts,
     SettingsReloaded,
     SocketRows,
     StopInstance,
@@ -99,6 +101,7 @@ class Answers:
     dial: Dial
     mounts: Callable[[], Awaitable[Mounts]]
     add_mounts: Callable[[Sequence[MountSpec]], Awaitable[Mounts]]
+    remove_mounts: Callable[[Sequence[str]], Awaitable[Mounts]]
     port_settings: Callable[[], PortSettings]
     change_ports: Callable[[ChangePorts], PortSettings]
     sockets: Callable[[], Awaitable[SocketRows]]
@@ -150,6 +153,19 @@ def _presentable(status: InstanceStatus) -> InstanceStatus:
         guest_digest=clip(status.guest_digest),
         warnings=[clip(warning) for warning in status.warnings],
         guest=None if status.guest is None else _presentable_guest(status.guest),
+        attached=None if status.attached is None else _presentable_machine(status.attached),
+    )
+
+
+def _presentable_machine(machine: Attachment) -> Attachment:
+    return replace(
+        machine,
+        reason=clip(machine.reason),
+        hint=clip(machine.hint),
+        user=clip(machine.user),
+        python=clip(machine.python),
+        mounting=clip(machine.mounting),
+        ports=clip(machine.ports),
     )
 
 
@@ -234,6 +250,14 @@ class ApiServer:
             except OSError as error:
                 raise RpcError(ErrorCode.DENIED, f"the list of mounts could not be saved: {error}") from None
 
+        async def remove_mounts(request: RemoveMounts) -> Mounts:
+            try:
+                return await self._answers.remove_mounts(request.guest_paths)
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+            except OSError as error:
+                raise RpcError(ErrorCode.DENIED, f"the list of mounts could not be saved: {error}") from None
+
         async def sockets(_: GetSocketForwards) -> SocketRows:
             return await self._answers.sockets()
 
@@ -259,7 +283,10 @@ class ApiServer:
                 raise RpcError(ErrorCode.DENIED, f"the rules could not be saved: {error}") from None
 
         async def disk(_: GetDisk) -> Disk:
-            return await self._answers.disk()
+            try:
+                return await self._answers.disk()
+            except UserError as error:
+                raise RpcError(ErrorCode.UNSUPPORTED, error.message, error.hint) from None
 
         async def change_disk(request: ChangeDisk) -> Disk:
             try:
@@ -292,6 +319,7 @@ class ApiServer:
         service.on_request(GetForwards, _Listing(self._answers).answer)
         service.on_request(GetMounts, mounts)
         service.on_request(AddMounts, add_mounts)
+        service.on_request(RemoveMounts, remove_mounts)
         service.on_request(GetPortSettings, port_settings)
         service.on_request(ChangePorts, change_ports)
         service.on_request(GetSocketForwards, sockets)

@@ -50,7 +50,7 @@ from host_agent.provisioning import Provisioning
 from host_agent.qmp import QmpClosed, QmpError
 from host_agent.vm import RebootPolicy, VirtualMachine
 from host_agent.vm_watch import DISK_FULL, DISK_FULL_HINT, VmWatch
-from protocol.api import Configure, InstanceStatus, Shutdown, Stage
+from protocol.api import Configure, InstanceStatus, Mounts, Shutdown, Stage
 from protocol.errors import AgentctlProtocolError
 from protocol.link import Link
 from protocol.region import CONTROL
@@ -366,6 +366,14 @@ class HostAgent(InstanceAgent):
             warnings=[*self._setup.problems, *self._provision_problems],
             runtime=self._config.runtime,
             containerd_socket=str(self._paths.containerd_socket) if self._containerd else "",
+        )
+
+    async def _remove_mounts(self, guest_paths: Sequence[str]) -> Mounts:
+        await trio.lowlevel.checkpoint()
+        raise UserError(
+            f"containers may be using {', '.join(guest_paths)}: a VM is left a folder less by a restart",
+            "take it out of the file: agentctl config edit, then agentctl restart",
+            ExitCode.USAGE,
         )
 
     async def reload(self) -> list[str]:

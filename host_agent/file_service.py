@@ -19,6 +19,7 @@ import trio
 from host_agent import agentlog, file_server_process, mounts
 from host_agent.client import hello
 from host_agent.descriptor_store import DescriptorStore
+from host_agent.errors import ExitCode, UserError
 from host_agent.fileserver.control import (
     GetShares,
     GuestStage,
@@ -157,6 +158,25 @@ class FileService:
         with trio.move_on_after(SETTLE_TIME):
             while self._is_any_waiting(specs):
                 await self._news.wait()
+        return self.current()
+
+    async def remove(self, guest_paths: Sequence[str]) -> Mounts:
+        """Mount what is at ``guest_paths`` no longer; who still has something of it open there gets errors.
+
+        Raises ``UserError`` for what is no mount, ``OSError`` if the list cannot be kept; then nothing has changed.
+        """
+        gone = set(guest_paths)
+        if unknown := sorted(gone - {spec.guest_path for spec in self._specs}):
+            raise UserError(f"{unknown[0]} is not a mount", "see: agentctl mounts", ExitCode.USAGE)
+        less = tuple(spec for spec in self._specs if spec.guest_path not in gone)
+        self._remember(less)
+        self._specs = less
+        if self._link is not None:
+            with suppress(AgentctlProtocolError):
+                self._learn(await self._link.request(self._request()))
+        for path in sorted(gone):
+            self._told.pop(path, None)
+            self._say("mount", f"{path} is not mounted any more", path=path, state="gone", reason="", hint="")
         return self.current()
 
     def _keep_where_they_are(self) -> None:

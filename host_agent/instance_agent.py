@@ -46,6 +46,7 @@ from protocol.api import (
     GuestUsage,
     InstanceStatus,
     Listeners,
+    Mounts,
     MountSpec,
     MountState,
     PortSettings,
@@ -139,6 +140,7 @@ class InstanceAgent(ABC):
             dial=self._guest.dial,
             mounts=self._files.report,
             add_mounts=self._files.add,
+            remove_mounts=self._remove_mounts,
             port_settings=lambda: self._ports.settings,
             change_ports=self._ports.change,
             sockets=self._sockets.report,
@@ -208,6 +210,10 @@ class InstanceAgent(ABC):
     @abstractmethod
     async def status(self) -> InstanceStatus:
         """The instance as it is now; what the other side has to say is left out if it does not answer soon."""
+
+    async def _remove_mounts(self, guest_paths: Sequence[str]) -> Mounts:
+        """Mount them no longer. Raises ``UserError`` where that cannot be, ``OSError`` if it cannot be kept."""
+        return await self._files.remove(guest_paths)
 
     @abstractmethod
     async def reload(self) -> list[str]:

@@ -1,5 +1,5 @@
-"""What whoever starts an instance does, whatever it is: start its keeper, follow its host agent, and end all of it again
-if that goes wrong.
+"""What whoever starts an instance does, whatever it is: start its keeper, follow its host agent, and end all of it if
+that goes wrong.
 
 The law: whoever asks for an instance that another command is just starting gets that one; a ^C ends what this command
 started and nothing else; and what fails leaves nothing running.

@@ -454,6 +454,38 @@ class Stage(StrEnum):
     FAILED = "failed"
 
 
+class LinkState(StrEnum):
+    """Of the connection to a machine that is attached."""
+
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """The machine that an attached instance is, and how the connection to it is doing.
+
+    ``address`` is what it was attached by, ``user`` who we are there. ``link`` is as it is since ``since``, seconds
+    since the epoch; ``reason`` and ``hint`` say why it is not connected, and ``attempts`` counts how often that was
+    tried since it was. ``python`` runs the agent there. ``mounting`` is how folders come to be there: "root",
+    "fusermount3", or "" if they cannot; ``ports`` how it is learnt what listens. ``keep``: what runs there goes on when
+    nobody is attached.
+    """
+
+    address: str
+    link: LinkState
+    since: float = 0.0
+    reason: str = ""
+    hint: str = ""
+    attempts: int = 0
+    user: str = ""
+    python: str = ""
+    mounting: str = ""
+    ports: str = ""
+    keep: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
     """What the host agent knows of its instance. Sizes in bytes, times in seconds since the epoch.
@@ -464,7 +496,7 @@ class InstanceStatus:
     payloads; ``bulk_reason`` is a clause that says why there are none, and payloads travel in frames.
     ``disk_allocated`` is what the data disk takes of the host's, where ``host_free`` bytes are left; ``disk_state`` is
     "low" where that is little, and "full" where the VM waits for more. ``warnings``: what of the guest is not as it was
-    asked for, in sentences.
+    asked for, in sentences. ``attached`` is None of a VM; of a machine that is attached, what only a VM has is empty.
     """
 
     name: str
@@ -501,6 +533,7 @@ class InstanceStatus:
     warnings: list[str] = field(default_factory=list)
     runtime: str = "docker"
     containerd_socket: str = ""
+    attached: Attachment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -810,6 +843,16 @@ class AddMounts(Request[Mounts]):
     REPLY: ClassVar[type] = Mounts
 
     mounts: list[MountSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveMounts(Request[Mounts]):
+    """Mount what is at these paths of the guest no longer, now and at each start. A path that is none is an error."""
+
+    METHOD: ClassVar[str] = "remove-mounts"
+    REPLY: ClassVar[type] = Mounts
+
+    guest_paths: list[str]
 
 
 @dataclass(frozen=True, slots=True)

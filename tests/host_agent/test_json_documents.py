@@ -22,9 +22,11 @@ from host_agent.instance_load import as_object, between
 from host_agent.instance_watch import Topic
 from host_agent.paths import InstancePaths
 from protocol.api import (
+    Attachment,
     Event,
     ForwardState,
     GuestInfo,
+    LinkState,
     PortRule,
     PortSettings,
     Proto,
@@ -100,6 +102,8 @@ def test_every_command_that_prints_json_is_in_the_document() -> None:
     assert {name.split()[0] for name in sections()} <= PLACES.keys()
 
 
+STARTING = ("status", "up", "start", "restart", "attach")
+MACHINE = Attachment("me@machine", LinkState.CONNECTED)
 RULE = PortRule(Proto.TCP, guest_port=8000, ports=11, host_ip="0.0.0.0", host_port=9000)
 
 
@@ -107,7 +111,8 @@ def full() -> Agent:
     """One that has everything there can be."""
     guest = GuestInfo("6.12", 39.5, 1, 2, 3, 4, 5, "tracefs", 6)
     sockets = SocketRows([SocketRow(SocketForward("/run/db.sock", "/db.sock"), ForwardState.LISTENING)])
-    return Agent(status=replace(STATUS, guest=guest), port_settings=PortSettings([RULE]), sockets=sockets)
+    status = replace(STATUS, guest=guest, attached=MACHINE)
+    return Agent(status=status, port_settings=PortSettings([RULE]), sockets=sockets)
 
 
 @pytest.mark.parametrize("command", ["status", "list", "ports", "mounts", "forward list", "env", "doctor"])
@@ -126,10 +131,12 @@ async def test_what_is_printed_has_the_keys_of_the_document(instance: InstancePa
 
 
 def test_up_prints_what_status_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    show.status_json(replace(STATUS, guest=GuestInfo("6.12", 39.5, 1, 2, 3, 4, 5, "tracefs", 6)))
+    guest = GuestInfo("6.12", 39.5, 1, 2, 3, 4, 5, "tracefs", 6)
+    show.status_json(replace(STATUS, guest=guest, attached=MACHINE))
     printed = json.loads(capsys.readouterr().out)
-    assert all(shape(examples(name)[0]) == shape(printed) for name in ("status", "up", "start", "restart"))
-    assert {*re.findall(r"`(\w+)`", sections()["status"])} >= {stage.value for stage in Stage}
+    assert all(shape(examples(name)[0]) == shape(printed) for name in STARTING)
+    said = {*re.findall(r"`(\w+)`", sections()["status"])}
+    assert said >= {stage.value for stage in Stage} | {each.value for each in LinkState}
 
 
 def test_the_lines_of_top() -> None:
