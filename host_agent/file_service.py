@@ -155,10 +155,14 @@ class FileService:
             # If it dies meanwhile, the next one is told the whole list.
             with suppress(AgentctlProtocolError):
                 self._learn(await self._link.request(self._request()))
-        with trio.move_on_after(SETTLE_TIME):
-            while self._is_any_waiting(specs):
-                await self._news.wait()
+        await self.settle(SETTLE_TIME, specs)
         return self.current()
+
+    async def settle(self, timeout: float, specs: Sequence[MountSpec] | None = None) -> None:
+        """Wait until ``specs``, or all, are mounted or it is known why not; ``timeout`` seconds at the most."""
+        with trio.move_on_after(timeout):
+            while self._is_any_waiting(self._specs if specs is None else specs):
+                await self._news.wait()
 
     async def remove(self, guest_paths: Sequence[str]) -> Mounts:
         """Mount what is at ``guest_paths`` no longer; who still has something of it open there gets errors.

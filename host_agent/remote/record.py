@@ -7,6 +7,7 @@ it, so that it imports nothing of SSH; and no secret is ever in it.
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,16 +20,19 @@ from host_agent.paths import InstancePaths
 class Attached:
     """``address`` is the user's own word for the machine, ``session`` the name of what runs there for us.
 
-    ``keep``: what runs there goes on when nobody is attached. ``python``, ``digest`` (of the payload) and ``home`` (of
-    the user there) are of the last time that it was reached, and empty before.
+    ``keep``: what runs there goes on when nobody is attached. ``program``, the words of a shell that run the agent there,
+    and ``home``, of the user there, are of the last time that it was reached, and empty before.
     """
 
     address: str
     session: str
     keep: bool = False
-    python: str = ""
-    digest: str = ""
+    program: str = ""
     home: str = ""
+
+    def command(self, *words: str) -> str:
+        """What runs the agent there, for any shell."""
+        return f"{self.program} {shlex.join(words)}"
 
 
 def load(paths: InstancePaths) -> Attached | None:

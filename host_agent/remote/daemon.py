@@ -1,0 +1,280 @@
+"""The host agent of a machine that is attached: the process that makes it feel like localhost, over SSH.
+
+    python -m host_agent.remote.daemon DIRECTORY --lock-fd FD --keeper-fd FD [--store-fds FD,...] [--answers-fd FD]
+
+The composition root beside that of a VM. In QEMU's place there is a way to the machine, which serves the sockets that
+QEMU would. The laws: a connection that is lost ends nothing, it is made again for as long as the instance is attached;
+what the machine lacks is said once, with its fix, and the rest works; and a stop leaves nothing running there, unless
+that was asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
+from typing import NoReturn
+
+import trio
+
+from host_agent import docker_context, state
+from host_agent.errors import ExitCode, UserError
+from host_agent.forwarders import UnixForwarder
+from host_agent.instance_agent import Inherited, InstanceAgent, main
+from host_agent.paths import Home, InstancePaths
+from host_agent.remote import answers, record
+from host_agent.remote.install import Installed
+from host_agent.remote.record import Attached
+from host_agent.remote.way import Condition, Way
+from protocol.api import Attachment, DialUnix, InstanceStatus, LinkState, Stage
+from protocol.errors import LinkError
+from protocol.link import Link
+
+logger = logging.getLogger(__name__)
+
+#: How long what runs on the machine waits for us when the connection is lost, seconds; longer than a laptop sleeps
+#: between two meetings, and no longer than a forgotten machine should hold mounts that nobody serves.
+GRACE = 600.0
+
+#: How long the agent there may take to come up and answer, seconds; a machine that is slow compiles it first.
+START_TIME = 90.0
+
+#: How long a start waits for folders that are just being mounted, seconds.
+MOUNT_TIME = 10.0
+
+#: How long what runs on the machine may take to end, seconds.
+END_TIME = 20.0
+
+#: Between attempts of an agent that succeeds a killed one, doubling, seconds.
+FIRST_RETRY = 0.5
+MOST_RETRY = 15.0
+
+#: Opens a way to the machine that a record names, given what its user has answered; connects when it is asked to.
+OpenWay = Callable[[Attached, dict[str, str]], AbstractAsyncContextManager[Way]]
+
+#: Brings the agent to the machine; its argument shows progress.
+Install = Callable[[Way, Callable[[str], None]], Awaitable[Installed]]
+
+
+class AttachedAgent(InstanceAgent):
+    """One run of an attached instance, from the first connection to the last."""
+
+    def __init__(
+        self, home: Home, paths: InstancePaths, given: Inherited, open_way: OpenWay, install: Install
+    ) -> None:
+        super().__init__(home, paths, given.lock, given.store, answers=given.answers)
+        found = record.load(paths)
+        if found is None:
+            raise UserError(f"{paths.name} is not an attached instance", "attach it: agentctl attach")
+        self._record = found
+        self._open_way = open_way
+        self._install = install
+        self._way: Way | None = None
+        self._condition = Condition(LinkState.CONNECTING, state.load(paths.state).started_at)
+        self._installed: Installed | None = None
+        self._beside: trio.Nursery | None = None
+        self._has_docker = False
+        self._serve((), disk=_no_disk, change_disk=_no_disk, compact_disk=_no_disk)
+
+    @property
+    def _address(self) -> str:
+        return self._record.address
+
+    async def _start_beside(self, nursery: trio.Nursery) -> None:
+        self._beside = nursery
+        await nursery.start(self._keep_way)
+
+    async def _keep_way(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with self._open_way(self._record, answers.read(self._answers)) as self._way:
+            self._way.on_change(self._on_condition)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # --- up ---------------------------------------------------------------------------------------
+
+    async def _work_until_it_ends(self) -> None:
+        if state.load(self._paths.state).stopping:
+            # The agent before us was killed while it detached; that is what is still wanted.
+            self._enter(Stage.STOPPING, "detaching")
+            await self._reached()
+            return
+        self._enter(Stage.STARTING, f"connecting to {self._address}")
+        await self._reached()
+        await self._bring_agent()
+        await self._carry()
+        try:
+            await self._guest.wait(START_TIME)
+        except LinkError as error:
+            hint = "see what it said: agentctl logs --component host"
+            raise UserError(
+                f"the agent on {self._address} does not answer: {error}", hint, ExitCode.GUEST
+            ) from None
+        await self._offer_docker()
+        await self._files.settle(MOUNT_TIME)
+        self._enter(Stage.RUNNING, "ready")
+        await trio.sleep_forever()
+
+    async def _reached(self) -> None:
+        """Wait for the first connection. Raises ``UserError`` if there is none to be had by who attaches; a successor of
+        a killed agent, whose instance did run, goes on trying."""
+        assert self._way is not None
+        succeeds = state.load(self._paths.state).agent_restarts > 0
+        for attempt in range(sys.maxsize):
+            try:
+                await self._way.connect()
+                return
+            except UserError as error:
+                if not succeeds or self._condition.final:
+                    raise
+                logger.warning("not connected: %s", error.message)
+            await trio.sleep(min(MOST_RETRY, FIRST_RETRY * 2 ** min(attempt, 16)))
+
+    async def _bring_agent(self) -> None:
+        """Have the agent of this version there, and learn what the machine can do."""
+        assert self._way is not None
+        found = await self._install(self._way, lambda text: self._events.say("installing", text))
+        self._installed = found
+        with suppress(OSError):  # a full disk: the next start finds it out again
+            self._record = record.change(
+                self._paths, self._record, program=found.command(), home=found.capabilities.home
+            )
+        self._record = replace(self._record, program=found.command(), home=found.capabilities.home)
+        for problem in found.capabilities.problems:
+            self._events.say("missing", problem.what, hint=problem.fix)
+
+    async def _carry(self) -> None:
+        """Serve the sockets that QEMU would, each with its agent over there."""
+        assert self._beside is not None
+        assert self._way is not None
+        grace = math.inf if self._record.keep else GRACE
+        for plane, socket in (("control", self._paths.control_socket), ("files", self._paths.files_socket)):
+            command = self._record.command("connect", plane, self._record.session, "--grace", f"{grace:g}")
+            socket.unlink(missing_ok=True)
+            await self._beside.start(self._way.carry, socket, command)
+
+    async def _offer_docker(self) -> None:
+        """Docker's socket there as the instance's own, and a context that is there for who wants it."""
+        assert self._beside is not None
+        assert self._installed is not None
+        socket = self._installed.capabilities.docker.socket
+        if not socket:
+            return
+        paths = self._paths
+        forwarder = UnixForwarder(paths.docker_socket, DialUnix(socket), self._guest.dial)
+        await self._beside.start(forwarder.run)
+        self._has_docker = True
+        directory, name = docker_context.config_dir(os.environ), docker_context.context_name(paths.name)
+        try:
+            await trio.to_thread.run_sync(
+                docker_context.create, directory, name, paths.docker_socket, f"Docker on {self._address}"
+            )
+        except OSError as error:
+            self._events.say("docker-context", f"the docker context could not be written: {error}")
+            return
+        self._events.say("docker-context", f"docker --context {name} is Docker there", context=name)
+
+    # --- the way ----------------------------------------------------------------------------------
+
+    def _on_condition(self, condition: Condition) -> None:
+        before, self._condition = self._condition.state, condition
+        if condition.state is before is not LinkState.LOST:
+            return
+        message = {
+            LinkState.CONNECTING: f"connecting to {self._address}",
+            LinkState.CONNECTED: f"connected to {self._address}",
+            LinkState.LOST: f"{self._address} is not reached: {condition.reason}",
+        }[condition.state]
+        explained = {"reason": condition.reason, "hint": condition.hint}
+        self._events.say("machine", message, state=condition.state.value, **explained)
+        came_back = condition.state is LinkState.CONNECTED and self._installed is not None
+        if came_back and self._beside is not None:
+            self._beside.start_soon(self._bring_agent_again)
+
+    async def _bring_agent_again(self) -> None:
+        """It may have been cleaned away meanwhile, or the machine is another one behind the same name."""
+        try:
+            await self._bring_agent()
+        except UserError as error:
+            self._events.say("installing", error.message, hint=error.hint)
+
+    async def _guest_up(self, link: Link) -> None:
+        await trio.lowlevel.checkpoint()
+        self._sockets.link_up(link)
+        self._events.say("guest-connected", f"the agent on {self._address} is connected")
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    async def _shut_down(self) -> None:
+        kept = self._record.keep and not self._forced.is_set()
+        if kept or not self._record.program or self._way is None:
+            return
+        reason = f"it did not end within {END_TIME:.0f} s"
+        with trio.move_on_after(END_TIME):
+            try:
+                if self._condition.state is not LinkState.CONNECTED:
+                    raise UserError(self._condition.reason or "there is no connection")
+                done = await self._way.run(self._record.command("end", self._record.session), timeout=END_TIME)
+                if done.status == 0:
+                    return
+                reason = done.err.decode(errors="replace").strip() or f"status {done.status}"
+            except UserError as error:
+                reason = error.message
+        self._events.say(
+            "left-running", f"what runs on {self._address} ends by itself, in {GRACE:.0f} s: {reason}"
+        )
+
+    # --- what is known ----------------------------------------------------------------------------
+
+    async def status(self) -> InstanceStatus:
+        current = state.load(self._paths.state)
+        status = await self._status(current, self._guest.current)
+        condition, can = self._condition, self._installed and self._installed.capabilities
+        if condition.state is not LinkState.CONNECTED and self._stage is Stage.RUNNING:
+            status = replace(
+                status,
+                detail=f"{self._address} is not reached: {condition.reason or 'connecting again'}",
+                hint=condition.hint or "it is tried again and again; to give up: agentctl detach",
+            )
+        paths = self._paths
+        return replace(
+            status,
+            docker_socket=str(paths.docker_socket) if self._has_docker else "",
+            docker_context=docker_context.context_name(paths.name) if self._has_docker else "",
+            warnings=[f"{each.what} ({each.fix})" if each.fix else each.what for each in can.problems]
+            if can
+            else [],
+            runtime="",
+            attached=Attachment(
+                address=self._address,
+                link=condition.state,
+                since=condition.since,
+                reason=condition.reason,
+                hint=condition.hint,
+                attempts=condition.attempts,
+                user=can.user if can else "",
+                python=can.python if can else "",
+                mounting=can.mounts.how if can and can.mounts.ok else "",
+                ports=can.ports.how if can else "",
+                keep=self._record.keep,
+            ),
+        )
+
+    async def reload(self) -> list[str]:
+        """There is nothing of ours to run over there."""
+        await trio.lowlevel.checkpoint()
+        return []
+
+
+async def _no_disk(*_: object) -> NoReturn:
+    await trio.lowlevel.checkpoint()
+    raise UserError("an attached machine has no disk of agentctl's", "see: agentctl exec df", ExitCode.USAGE)
+
+
+if __name__ == "__main__":
+    from host_agent.remote import over_ssh
+
+    sys.exit(main(lambda *given: AttachedAgent(*given, over_ssh.open_way, over_ssh.install)))
