@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -62,6 +62,16 @@ async def _joined_start(status: InstanceStatus, link: Link, outcome: _Outcome) -
     if status.stage is Stage.DOCKER and status.hint:
         raise UserError(status.detail, status.hint, ExitCode.DOCKER)
     await outcome.wait(link)
+
+
+@dataclass(frozen=True, slots=True)
+class UpResult:
+    """The instance after a start. ``warnings`` and ``note`` (or "") are sentences for the user."""
+
+    status: InstanceStatus
+    started: bool
+    warnings: tuple[str, ...]
+    note: str = ""
 
 
 def start(

@@ -29,7 +29,7 @@ from host_agent.configuration import config as configuration
 from host_agent.configuration.config import Host, InstanceConfig, Wishes
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home, InstancePaths
-from host_agent.starting import Progress
+from host_agent.starting import Progress, UpResult
 from protocol.api import GetStatus, InstanceStatus
 from provision import image as images
 from provision import recipe as recipes
@@ -37,16 +37,6 @@ from provision.errors import ProvisionError
 
 #: What applies what flags asked for: of an instance that ran already, they are not remembered.
 _AGAIN = "agentctl stop, then agentctl up with the same flags"
-
-
-@dataclass(frozen=True, slots=True)
-class UpResult:
-    """The instance after ``up``. ``warnings`` and ``note`` (or "") are sentences for the user."""
-
-    status: InstanceStatus
-    started: bool
-    warnings: tuple[str, ...]
-    note: str = ""
 
 
 def run(home: Home, paths: InstancePaths, wishes: Wishes, progress: Progress) -> UpResult:

@@ -20,7 +20,7 @@ from protocol.api import StopInstance
 from protocol.errors import RemoteFailure
 
 if TYPE_CHECKING:
-    from host_agent.up import UpResult
+    from host_agent.starting import UpResult
 
 #: Longer than the host agent lets the guest take, so that its own answer arrives first, seconds.
 STOP_TIME = 200.0
@@ -90,17 +90,34 @@ def up(
     from host_agent.configuration.file import ConfigFile
     from host_agent.progress import progress
 
-    home = Home.find()
+    home, paths = Home.find(), current_instance()
+    if paths.attached.exists():
+        of_vms = (cpus, memory, disk, accelerator, bulk, lan, privileged_offset)
+        if editing or any(flag is not None for flag in of_vms):
+            raise UserError(
+                f"instance {paths.name} is a machine that is attached; of the flags it has only --mount",
+                "see: agentctl config edit",
+                ExitCode.USAGE,
+            )
+        show_started(_attached_again(paths, folders), as_json=as_json)
+        return
     chosen = mounts.chosen(folders, home.root) if folders else None
     if editing:
         config.edited(ConfigFile(home, current_instance()))
     with progress() as report:
         wishes = Wishes(cpus, memory, disk, accelerator, chosen, bulk, lan, privileged_offset)
         result = starting.run(home, current_instance(), wishes, report)
-    _show(result, as_json=as_json)
+    show_started(result, as_json=as_json)
 
 
-def _show(result: UpResult, *, as_json: bool) -> None:
+def _attached_again(paths: InstancePaths, folders: tuple[str, ...] = ()) -> UpResult:
+    from host_agent.commands import attach
+    from host_agent.remote.attach import Wishes as Asked
+
+    return attach.again(paths, Asked(folders))
+
+
+def show_started(result: UpResult, *, as_json: bool) -> None:
     from host_agent import show
 
     if result.note:
@@ -125,7 +142,7 @@ def stop(force: bool) -> None:
     paths = current_instance()
     with progress() as report:
         report("stopping")
-        stopped = groups.run(_stop, paths, force)
+        stopped = groups.run(stop_instance, paths, force)
     show.err().print("stopped" if stopped else "not running")
 
 
@@ -145,12 +162,16 @@ def restart(force: bool, as_json: bool) -> None:
         raise UserError(f"there is no instance {paths.name}", "make it: agentctl up", ExitCode.NOT_RUNNING)
     with progress() as report:
         report("stopping")
-        groups.run(_stop, paths, force)
+        groups.run(stop_instance, paths, force)
+    if paths.attached.exists():
+        show_started(_attached_again(paths), as_json=as_json)
+        return
+    with progress() as report:
         result = starting.run(Home.find(), paths, Wishes(), report)
-    _show(result, as_json=as_json)
+    show_started(result, as_json=as_json)
 
 
-async def _stop(paths: InstancePaths, force: bool) -> bool:
+async def stop_instance(paths: InstancePaths, force: bool) -> bool:
     """Whether there was something to stop."""
     from host_agent import ending
 
@@ -198,13 +219,15 @@ def delete(data: bool, yes: bool) -> None:
         show.err().print("there is no such instance")
         return
     what = "the instance and everything on its data disk" if data else "the instance (its data disk stays)"
+    if paths.attached.exists():
+        what = "what is remembered of the machine, which stays as it is"
     if not yes:
         if not sys.stdin.isatty():
             raise UserError(f"this would remove {what}", "say so with --yes", ExitCode.USAGE)
         if not click.confirm(f"Remove {what}?", err=True):
             show.err().print("nothing was removed")
             sys.exit(ExitCode.GENERAL)
-    groups.run(_stop, paths, data)
+    groups.run(stop_instance, paths, data)
     for left in remove(paths, data=data):
         show.warning(left)
     show.err().print("removed")

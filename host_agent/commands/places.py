@@ -11,6 +11,8 @@ PLACES: Final = {
     "stop": "lifecycle:stop",
     "restart": "lifecycle:restart",
     "delete": "lifecycle:delete",
+    "attach": "attach:attach",
+    "detach": "attach:detach",
     "status": "status:status",
     "list": "instances:list_instances",
     "watch": "watch:watch",
@@ -39,4 +41,4 @@ PLACES: Final = {
 }
 
 #: Those that are about all instances, or none; all others are about the one that ``--instance`` names.
-OF_NO_INSTANCE: Final = frozenset({"completion", "image", "list", "prune", "version"})
+OF_NO_INSTANCE: Final = frozenset({"attach", "completion", "detach", "image", "list", "prune", "version"})

@@ -79,14 +79,17 @@ def load(paths: InstancePaths, host: Host) -> InstanceConfig:
 
     Raises ``UserError`` for a file that is not a configuration: guessing could lose what was asked for.
     """
-    for path in (paths.config, paths.old_config, paths.home.template):
+    attached = paths.attached.exists()
+    for path in (paths.config, *(() if attached else (paths.old_config, paths.home.template))):
         if (content := _content(path)) is None:
             continue
         if path == paths.old_config:
             return _load_old(path, content)
         config = understood(path, content, host)
         return config if path == paths.home.template else config_machine.completed(paths.machine, config)
-    return config_machine.completed(paths.machine, InstanceConfig.default(host))
+    default = InstanceConfig.default(host)
+    # A machine that is attached sees no folder unless somebody says so.
+    return config_machine.completed(paths.machine, replace(default, mounts=()) if attached else default)
 
 
 def _content(path: Path) -> bytes | None:
@@ -235,11 +238,12 @@ def save_schema(home: Home) -> None:
 
 def current_text(paths: InstancePaths, config: InstanceConfig) -> str:
     """The text of the file or, where there is none, what it begins as: ``config``, unless the user has a template."""
-    sources = [paths.config] if paths.old_config.exists() else [paths.config, paths.home.template]
+    attached = paths.attached.exists()
+    sources = [paths.config] if attached or paths.old_config.exists() else [paths.config, paths.home.template]
     for path in sources:
         if (text := text_of(path)) is not None:
             return text
-    return template(config, paths.home.config_schema)
+    return template(config, paths.home.config_schema, attached=attached)
 
 
 def text_of(path: Path) -> str | None:

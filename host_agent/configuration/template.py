@@ -18,11 +18,24 @@ _HEAD = """\
 """
 
 
-def template(config: InstanceConfig, schema: Path) -> str:
+_ATTACHED_HEAD = """\
+# yaml-language-server: $schema={schema}
+#
+# A machine that is attached with agentctl, which is what "the VM" means below; `agentctl attach` reads this, and what
+# its flags ask for is remembered here. `agentctl config edit` checks it as you leave the editor.
+"""
+
+#: All others are of a VM.
+ATTACHED_KEYS = frozenset({"mounts", "lan", "privileged_offset", "rules", "sockets"})
+
+
+def template(config: InstanceConfig, schema: Path, *, attached: bool = False) -> str:
     """The text that says ``config``; ``schema`` is the JSON Schema for editors."""
-    text = _HEAD.format(schema=schema)
+    text = (_ATTACHED_HEAD if attached else _HEAD).format(schema=schema)
     said: set[str] = set()
     for name, key in config_keys.keys().items():
+        if attached and name not in ATTACHED_KEYS:
+            continue
         section = key.name.rpartition(".")[0]
         if section and section not in said:
             said.add(section)

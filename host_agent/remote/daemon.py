@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import trio
 
@@ -27,7 +28,8 @@ from host_agent.forwarders import UnixForwarder
 from host_agent.instance_agent import Inherited, InstanceAgent, main
 from host_agent.paths import Home, InstancePaths
 from host_agent.remote import answers, record
-from host_agent.remote.install import Installed
+from host_agent.remote.machine import Capabilities
+from host_agent.remote.prompts import Asked, Remembered
 from host_agent.remote.record import Attached
 from host_agent.remote.way import Condition, Way
 from protocol.api import Attachment, DialUnix, InstanceStatus, LinkState, Stage
@@ -53,10 +55,20 @@ END_TIME = 20.0
 FIRST_RETRY = 0.5
 MOST_RETRY = 15.0
 
-#: Opens a way to the machine that a record names, given what its user has answered; connects when it is asked to.
-OpenWay = Callable[[Attached, dict[str, str]], AbstractAsyncContextManager[Way]]
+#: Opens a way to the machine that a record names, with somebody who can be asked; connects when it is asked to.
+OpenWay = Callable[[Attached, Asked], AbstractAsyncContextManager[Way]]
 
-#: Brings the agent to the machine; its argument shows progress.
+
+class Installed(Protocol):
+    """The agent is there: what the machine can do, and the words that run it."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    @property
+    def program(self) -> Sequence[str]: ...
+
+
+#: Brings the agent to the machine, and says how far that is.
 Install = Callable[[Way, Callable[[str], None]], Awaitable[Installed]]
 
 
@@ -89,7 +101,7 @@ class AttachedAgent(InstanceAgent):
         await nursery.start(self._keep_way)
 
     async def _keep_way(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with self._open_way(self._record, answers.read(self._answers)) as self._way:
+        async with self._open_way(self._record, Remembered(answers.read(self._answers))) as self._way:
             self._way.on_change(self._on_condition)
             task_status.started()
             await trio.sleep_forever()
@@ -100,7 +112,8 @@ class AttachedAgent(InstanceAgent):
         if state.load(self._paths.state).stopping:
             # The agent before us was killed while it detached; that is what is still wanted.
             self._enter(Stage.STOPPING, "detaching")
-            await self._reached()
+            with trio.move_on_after(END_TIME):
+                await self._reached()
             return
         self._enter(Stage.STARTING, f"connecting to {self._address}")
         await self._reached()
@@ -119,8 +132,8 @@ class AttachedAgent(InstanceAgent):
         await trio.sleep_forever()
 
     async def _reached(self) -> None:
-        """Wait for the first connection. Raises ``UserError`` if there is none to be had by who attaches; a successor of
-        a killed agent, whose instance did run, goes on trying."""
+        """Wait for the first connection. Raises ``UserError`` if there is none to be had; but the successor of a killed
+        agent, whose instance did run, goes on trying."""
         assert self._way is not None
         succeeds = state.load(self._paths.state).agent_restarts > 0
         for attempt in range(sys.maxsize):
@@ -138,11 +151,11 @@ class AttachedAgent(InstanceAgent):
         assert self._way is not None
         found = await self._install(self._way, lambda text: self._events.say("installing", text))
         self._installed = found
-        with suppress(OSError):  # a full disk: the next start finds it out again
-            self._record = record.change(
-                self._paths, self._record, program=found.command(), home=found.capabilities.home
-            )
-        self._record = replace(self._record, program=found.command(), home=found.capabilities.home)
+        before = self._record
+        self._record = replace(before, program=shlex.join(found.program), home=found.capabilities.home)
+        if self._record != before:
+            with suppress(OSError):  # a full disk: the next start finds it out again
+                record.save(self._paths, self._record)
         for problem in found.capabilities.problems:
             self._events.say("missing", problem.what, hint=problem.fix)
 
@@ -217,7 +230,9 @@ class AttachedAgent(InstanceAgent):
             try:
                 if self._condition.state is not LinkState.CONNECTED:
                     raise UserError(self._condition.reason or "there is no connection")
-                done = await self._way.run(self._record.command("end", self._record.session), timeout=END_TIME)
+                done = await self._way.run(
+                    self._record.command("end", self._record.session), timeout=END_TIME
+                )
                 if done.status == 0:
                     return
                 reason = done.err.decode(errors="replace").strip() or f"status {done.status}"
@@ -237,7 +252,8 @@ class AttachedAgent(InstanceAgent):
             status = replace(
                 status,
                 detail=f"{self._address} is not reached: {condition.reason or 'connecting again'}",
-                hint=condition.hint or "it is tried again and again; to give up: agentctl detach",
+                hint=condition.hint
+                or f"it is tried again and again; to give up: agentctl detach {self._paths.name}",
             )
         paths = self._paths
         return replace(
@@ -258,7 +274,7 @@ class AttachedAgent(InstanceAgent):
                 user=can.user if can else "",
                 python=can.python if can else "",
                 mounting=can.mounts.how if can and can.mounts.ok else "",
-                ports=can.ports.how if can else "",
+                ports=can.ports if can else "",
                 keep=self._record.keep,
             ),
         )
@@ -275,6 +291,6 @@ async def _no_disk(*_: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    from host_agent.remote import over_ssh
+    from host_agent.remote.over_ssh import install, open_way
 
-    sys.exit(main(lambda *given: AttachedAgent(*given, over_ssh.open_way, over_ssh.install)))
+    sys.exit(main(lambda home, paths, given: AttachedAgent(home, paths, given, open_way, install)))

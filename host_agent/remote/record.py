@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from host_agent.errors import ExitCode, UserError
 from host_agent.files import parse_record, write_atomically
@@ -20,8 +19,8 @@ from host_agent.paths import InstancePaths
 class Attached:
     """``address`` is the user's own word for the machine, ``session`` the name of what runs there for us.
 
-    ``keep``: what runs there goes on when nobody is attached. ``program``, the words of a shell that run the agent there,
-    and ``home``, of the user there, are of the last time that it was reached, and empty before.
+    ``keep``: what runs there goes on when nobody is attached. ``program``, the words of a shell that run the agent
+    there, and ``home``, of the user there, are of the last time that it was reached, and empty before.
     """
 
     address: str
@@ -52,14 +51,6 @@ def load(paths: InstancePaths) -> Attached | None:
 def save(paths: InstancePaths, record: Attached) -> None:
     """Raises ``OSError``."""
     write_atomically(paths.attached, json.dumps(asdict(record), indent=1).encode() + b"\n")
-
-
-def change(paths: InstancePaths, record: Attached, **changes: Any) -> Attached:
-    """``record`` with ``changes``, kept. Raises ``OSError``."""
-    changed = replace(record, **changes)
-    if changed != record:
-        save(paths, changed)
-    return changed
 
 
 def refuse(paths: InstancePaths, what: str, hint: str) -> None:

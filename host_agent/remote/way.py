@@ -1,7 +1,7 @@
 """The way to a machine, as its host agent sees it: something that runs commands there and carries bytes.
 
-The law: what is above it knows nothing of SSH, and what is below it nothing of instances; so a test takes a shell of this
-machine for it.
+The law: what is above it knows nothing of SSH, and what is below it nothing of instances; so a test takes a shell of
+this machine for it.
 """
 
 from __future__ import annotations
