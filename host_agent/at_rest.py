@@ -6,13 +6,16 @@ from host_agent import docker_context, state
 from host_agent.configuration import config as configuration
 from host_agent.disk_room import allocated
 from host_agent.paths import InstancePaths
+from host_agent.remote import record
 from protocol import build
-from protocol.api import InstanceStatus, Stage
+from protocol.api import Attachment, InstanceStatus, LinkState, Stage
 from provision.recipe import CONTAINERD
 
 
 def status(paths: InstancePaths) -> InstanceStatus:
     """How it is: stopped, or failed and why. One that was never started is stopped."""
+    if (attached := record.load(paths)) is not None:
+        return _machine(paths, attached)
     config = configuration.load(paths, configuration.Host.measure())
     last = state.load(paths.state)
     stage, detail, hint = Stage.STOPPED, "start it: agentctl up", ""
@@ -47,4 +50,37 @@ def status(paths: InstancePaths) -> InstanceStatus:
         disk_allocated=allocated(paths.data_disk),
         runtime=config.runtime,
         containerd_socket=str(paths.containerd_socket) if containerd else "",
+    )
+
+
+def _machine(paths: InstancePaths, attached: record.Attached) -> InstanceStatus:
+    """One that is not attached now."""
+    last = state.load(paths.state)
+    stage, detail, hint = Stage.STOPPED, f"attach it: agentctl attach {paths.name}", ""
+    if last.failure:
+        stage, detail, hint = Stage.FAILED, last.failure, last.hint
+    elif last.wanted:
+        stage, detail = Stage.FAILED, "the host agent was killed"
+        hint = f"attach it again: agentctl attach {paths.name}"
+    return InstanceStatus(
+        name=paths.name,
+        stage=stage,
+        detail=detail,
+        hint=hint,
+        accelerator="",
+        cpus=0,
+        memory=0,
+        disk=0,
+        image="",
+        qemu_pid=0,
+        agent_pid=0,
+        started_at=last.started_at,
+        restarts=0,
+        guest_connected=False,
+        guest_digest="",
+        host_digest=build.digest(),
+        docker_socket="",
+        docker_context="",
+        runtime="",
+        attached=Attachment(attached.address, LinkState.LOST, keep=attached.keep),
     )

@@ -21,7 +21,17 @@ from host_agent import at_rest, port_watch, state
 from host_agent.client import RESTART_TIME, ConnectionLost, all_forwards, connected
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
-from protocol.api import Event, Forward, GetMounts, GetStatus, InstanceStatus, Mount, Stage, Subscribe
+from protocol.api import (
+    Attachment,
+    Event,
+    Forward,
+    GetMounts,
+    GetStatus,
+    InstanceStatus,
+    Mount,
+    Stage,
+    Subscribe,
+)
 from protocol.link import Service
 
 #: How often an instance that does not run is looked at by who waits for its start, seconds.
@@ -39,6 +49,7 @@ class Topic(StrEnum):
     INSTANCE = "instance"
     HOST_AGENT = "host-agent"
     BOOT = "boot"
+    MACHINE = "machine"
     GUEST = "guest"
     DISK = "disk"
     MOUNT = "mount"
@@ -115,6 +126,8 @@ def of_event(event: Event) -> Change:
             topic, condition = Topic.INSTANCE, fields["stage"]
         case "boot-stage":
             topic, condition = Topic.BOOT, fields["stage"]
+        case "machine":
+            topic, condition = Topic.MACHINE, fields["state"]
         case "mount":
             topic, condition, names = Topic.MOUNT, fields["state"], {"path": fields["path"]}
         case kind if kind.startswith("port-") and "port" in fields:
@@ -138,6 +151,9 @@ def of_status(status: InstanceStatus) -> Iterator[Change]:
     explained = {"hint": status.hint} if status.hint else {}
     yield Change(now, Topic.INSTANCE, status.stage.value, status.detail, details=explained)
     yield _guest(connected=status.guest_connected)
+    if status.attached is not None:
+        yield _machine(status.attached)
+        return
     told = {"": "there is room on the disk", "low": "the host's disk is nearly full"}
     message = told.get(status.disk_state, "the host's disk is full, and the VM waits")
     yield Change(now, Topic.DISK, status.disk_state or "ok", message)
@@ -161,6 +177,13 @@ def _guest(*, connected: bool) -> Change:
     if connected:
         return Change(time.time(), Topic.GUEST, "connected", "the guest agent is connected")
     return Change(time.time(), Topic.GUEST, "away", "the guest agent is not connected")
+
+
+def _machine(machine: Attachment) -> Change:
+    said = {"reason": machine.reason, "hint": machine.hint}
+    explained = {name: words for name, words in said.items() if words}
+    message = f"{machine.address} is {machine.link.value}"
+    return Change(time.time(), Topic.MACHINE, machine.link.value, message, details=explained)
 
 
 def _host_agent(*, connected: bool) -> Change:
@@ -222,7 +245,8 @@ class Picture:
         """The instance does not run; ``left`` is asked how it ended if its host agent did not say so."""
         self.all_of(Topic.PORT, ())
         self.all_of(Topic.MOUNT, ())
-        for change in (_guest(connected=False), _host_agent(connected=False)):
+        gone = Change(time.time(), Topic.MACHINE, "lost", "the machine is not attached any more")
+        for change in (_guest(connected=False), gone, _host_agent(connected=False)):
             if change.thing in self._known:
                 self.change(change)
         last = self._end or next(of_status(left()))

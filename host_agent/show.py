@@ -27,10 +27,12 @@ from host_agent.errors import UserError
 from host_agent.show_json import as_json as as_json
 from host_agent.show_json import status_json as status_json
 from protocol.api import (
+    Attachment,
     Event,
     Forward,
     ForwardState,
     InstanceStatus,
+    LinkState,
     Mount,
     Mounts,
     MountState,
@@ -126,14 +128,18 @@ def instances(statuses: list[InstanceStatus]) -> None:
     if not statuses:
         console.print(words("there is no instance yet; make one: agentctl up"))
         return
-    table = _headed("NAME", "STATE", "CPUS", "MEMORY", "DISK", "UP FOR", "CONTEXT", "DETAIL")
+    machines = any(status.attached for status in statuses)
+    kind = ["MACHINE"] if machines else []
+    table = _headed("NAME", "STATE", *kind, "CPUS", "MEMORY", "DISK", "UP FOR", "CONTEXT", "DETAIL")
     for status in statuses:
-        known, runs = bool(status.cpus), bool(status.qemu_pid)
+        known = bool(status.cpus)
+        runs = bool(status.qemu_pid or (status.attached and status.agent_pid))
         # That one is stopped is no news; that it is on its way, or why it ended, is.
         quiet = status.stage in (Stage.STOPPED, Stage.RUNNING) and not status.hint
         table.add_row(
             words(status.name, "bold"),
             words(status.stage.value, _stage_style(status.stage)),
+            *([words(status.attached.address if status.attached else "VM")] if machines else []),
             str(status.cpus) if known else "-",
             sizes.show(status.memory) if known else "-",
             _disk(status) if known else "-",
@@ -189,6 +195,8 @@ def _stage_style(stage: Stage) -> str:
 
 
 def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
+    if status.attached is not None:
+        return _facts_of_machine(status, status.attached)
     facts = [
         ("cpus", str(status.cpus)),
         ("memory", sizes.show(status.memory)),
@@ -210,6 +218,37 @@ def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
         facts.append(("boots retried", str(status.restarts)))
     if status.agent_restarts:
         facts.append(("host agent restarts", str(status.agent_restarts)))
+    return facts
+
+
+def _facts_of_machine(status: InstanceStatus, machine: Attachment) -> list[tuple[str, str]]:
+    """Of one that is attached."""
+    facts = [("machine", machine.address)]
+    if status.agent_pid:
+        ago = _duration(time.time() - machine.since)
+        link = f"{machine.link.value}, for {ago}"
+        if machine.link is not LinkState.CONNECTED and machine.attempts:
+            link += f", {machine.attempts} attempts"
+        facts.append(("link", link))
+    if machine.user:
+        facts.append(("there", f"{machine.user}, Python {machine.python}"))
+    if status.guest is not None:
+        facts += [
+            ("kernel", status.guest.kernel),
+            ("memory", f"{sizes.show(status.guest.memory_total)}, {status.guest.cpus} cpus"),
+        ]
+    if status.agent_pid:
+        facts += [
+            ("guest agent", _agent(status)),
+            ("ports", f"found by {machine.ports}" if machine.ports else "unknown"),
+            ("mounts", _mounts(status) + (f", by {machine.mounting}" if machine.mounting else "")),
+        ]
+    if status.docker_socket:
+        facts += _sockets(status)
+    if status.agent_restarts:
+        facts.append(("host agent restarts", str(status.agent_restarts)))
+    if machine.keep:
+        facts.append(("when detached", "what runs there goes on"))
     return facts
 
 

@@ -51,10 +51,6 @@ MOUNT_TIME = 10.0
 #: How long what runs on the machine may take to end, seconds.
 END_TIME = 20.0
 
-#: Between attempts of an agent that succeeds a killed one, doubling, seconds.
-FIRST_RETRY = 0.5
-MOST_RETRY = 15.0
-
 #: Opens a way to the machine that a record names, with somebody who can be asked; connects when it is asked to.
 OpenWay = Callable[[Attached, Asked], AbstractAsyncContextManager[Way]]
 
@@ -87,6 +83,7 @@ class AttachedAgent(InstanceAgent):
         self._install = install
         self._way: Way | None = None
         self._condition = Condition(LinkState.CONNECTING, state.load(paths.state).started_at)
+        self._news = trio.Event()
         self._installed: Installed | None = None
         self._beside: trio.Nursery | None = None
         self._has_docker = False
@@ -135,16 +132,13 @@ class AttachedAgent(InstanceAgent):
         """Wait for the first connection. Raises ``UserError`` if there is none to be had; but the successor of a killed
         agent, whose instance did run, goes on trying."""
         assert self._way is not None
-        succeeds = state.load(self._paths.state).agent_restarts > 0
-        for attempt in range(sys.maxsize):
-            try:
-                await self._way.connect()
-                return
-            except UserError as error:
-                if not succeeds or self._condition.final:
-                    raise
-                logger.warning("not connected: %s", error.message)
-            await trio.sleep(min(MOST_RETRY, FIRST_RETRY * 2 ** min(attempt, 16)))
+        try:
+            await self._way.connect()
+        except UserError:
+            if state.load(self._paths.state).agent_restarts == 0 or self._condition.final:
+                raise
+            while self._condition.state is not LinkState.CONNECTED:
+                await self._news.wait()
 
     async def _bring_agent(self) -> None:
         """Have the agent of this version there, and learn what the machine can do."""
@@ -194,6 +188,8 @@ class AttachedAgent(InstanceAgent):
 
     def _on_condition(self, condition: Condition) -> None:
         before, self._condition = self._condition.state, condition
+        self._news.set()
+        self._news = trio.Event()
         if condition.state is before is not LinkState.LOST:
             return
         message = {
