@@ -168,7 +168,9 @@ async def show(paths: InstancePaths, shown: Shown, write: Write, note: Callable[
             raise UserError(message, hint, ExitCode.NOT_RUNNING)
         if not shown.follow:
             found += [line for tail in files for line in tail.rest()]
-        if state.is_locked(paths.lock):
+        if paths.attached.exists():
+            note("what the agents over there wrote down: agentctl logs --component guest")
+        elif state.is_locked(paths.lock):
             found += await _last_of_journal(paths, journal, shown.lines, note)
         write(by_time(found)[-shown.lines :] if shown.lines else [])
         if shown.follow:
@@ -181,7 +183,8 @@ async def show(paths: InstancePaths, shown: Shown, write: Write, note: Callable[
 async def _follow(paths: InstancePaths, files: list[Tail], journal: JournalLines, write: Write) -> None:
     news: list[LogLine] = []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_follow_journal, paths, journal, news)
+        if not paths.attached.exists():
+            nursery.start_soon(_follow_journal, paths, journal, news)
         while True:
             await trio.sleep(BATCH)
             batch = [*news, *(line for tail in files for line in tail.more())]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import shlex
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,6 +18,8 @@ import trio
 
 from host_agent.errors import ExitCode, UserError
 from host_agent.groups import collapsed
+from host_agent.paths import InstancePaths
+from host_agent.remote import record
 from protocol import execio
 from protocol.api import Exec
 from protocol.errors import DecodeError, OpenRefused
@@ -31,6 +34,23 @@ PREFIX: Final = "guest:"
 #: Where the guest has its agents, for those of its users, too.
 _AGENTS: Final = "/run/agentctl/agent"
 _PROGRAM: Final = ("/usr/bin/python3", "-S", "-P", "-m", "guest_agent.copying")
+
+
+@dataclass(frozen=True, slots=True)
+class FarEnd:
+    """What is started over there."""
+
+    program: tuple[str, ...] = _PROGRAM
+    environment: Mapping[str, str] = field(default_factory=lambda: {"PYTHONPATH": _AGENTS})
+
+
+def far_end(paths: InstancePaths) -> FarEnd:
+    """Of an attached machine it is the agent that was brought there. Raises ``UserError`` for a damaged record."""
+    attached = record.load(paths)
+    if attached is None:
+        return FarEnd()
+    return FarEnd((*shlex.split(attached.program), "copying"), {})
+
 
 #: Characters of one line of the guest's, which is told as a problem.
 _MAX_LINE: Final = 8192
@@ -67,10 +87,12 @@ class Copy:
         self._line = self._line[:_MAX_LINE]
 
 
-async def into_guest(link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy) -> None:
+async def into_guest(
+    link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy, end: FarEnd = FarEnd()
+) -> None:
     """Raises ``UserError`` if there can be no copy; what could not be copied is told to ``copy``."""
     words = ["receive", *(["--single"] if len(sources) == 1 else []), destination]
-    async with _guest_end(link, words, user) as stream:
+    async with _guest_end(link, end, words, user) as stream:
         ours, pipe = os.pipe()
 
         def send() -> None:
@@ -88,9 +110,11 @@ async def into_guest(link: Link, sources: Sequence[str], destination: str, user:
         _check(code, copy)
 
 
-async def out_of_guest(link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy) -> None:
+async def out_of_guest(
+    link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy, end: FarEnd = FarEnd()
+) -> None:
     """Raises ``UserError`` if there can be no copy; what could not be copied is told to ``copy``."""
-    async with _guest_end(link, ["send", *sources], user) as stream:
+    async with _guest_end(link, end, ["send", *sources], user) as stream:
         pipe, ours = os.pipe()
         cut: Exception | None = None
         code: int | None = None
@@ -127,10 +151,10 @@ def _check(code: int, copy: Copy) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _guest_end(link: Link, words: list[str], user: str) -> AsyncIterator[MuxStream]:
+async def _guest_end(link: Link, end: FarEnd, words: list[str], user: str) -> AsyncIterator[MuxStream]:
     """The streams of the process in the guest, which is hung up on when the block ends before it."""
     try:
-        stream = await link.open(Exec([*_PROGRAM, *words], {"PYTHONPATH": _AGENTS}, user=user))
+        stream = await link.open(Exec([*end.program, *words], dict(end.environment), user=user))
     except OpenRefused as error:
         raise UserError(error.message, error.hint, ExitCode.GUEST) from None
     try:

@@ -52,6 +52,7 @@ def copy_files(sources: tuple[str, ...], destination: str, user: str) -> None:
     paths = current_instance()
     require_running(paths)
     copy = Copy(lambda text: show.error(UserError(text)))
+    end = copying.far_end(paths)
     words = [source.removeprefix(PREFIX) or "." for source in sources]
 
     async def run(report: Callable[[str], None] | None) -> None:
@@ -59,7 +60,7 @@ def copy_files(sources: tuple[str, ...], destination: str, user: str) -> None:
             if report is not None:
                 nursery.start_soon(_tell, copy, report)
             move = copying.into_guest if inwards else copying.out_of_guest
-            await move(link, words, destination.removeprefix(PREFIX), user, copy)
+            await move(link, words, destination.removeprefix(PREFIX), user, copy, end)
             nursery.cancel_scope.cancel()
 
     with progress() as report:

@@ -52,8 +52,11 @@ def compact(as_json: bool) -> None:
 
 def _answer(ask: Callable[[InstancePaths], Disk], as_json: bool) -> Disk:
     from host_agent import disk_shown
+    from host_agent.remote import record
 
-    found = ask(current_instance())
+    paths = current_instance()
+    record.refuse(paths, "an attached machine has no disk of agentctl's", "see: agentctl exec df")
+    found = ask(paths)
     (disk_shown.disk_json if _is_json(as_json) else disk_shown.disk)(found)
     return found
 

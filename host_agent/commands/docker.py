@@ -25,7 +25,7 @@ def env(as_json: bool) -> None:
     from host_agent.configuration import config
 
     home, paths = Home.find(), current_instance()
-    if config.load(paths, config.Host.measure()).runtime == CONTAINERD:
+    if not paths.attached.exists() and config.load(paths, config.Host.measure()).runtime == CONTAINERD:
         variables = {"CONTAINERD_ADDRESS": str(paths.containerd_socket)}
     else:
         variables = {"DOCKER_HOST": f"unix://{paths.docker_socket}"}

@@ -7,6 +7,7 @@ import click
 from host_agent import groups
 from host_agent.client import RESTART_TIME, connected
 from host_agent.commands.common import current_instance, require_running
+from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home
 
 
@@ -21,8 +22,15 @@ def ssh_config() -> None:
     No port is opened for it: ssh runs agentctl, and reaches the VM as every command does.
     """
     from host_agent import ssh
+    from host_agent.remote import record
 
     home, paths = Home.find(), current_instance()
+    if (attached := record.load(paths)) is not None:
+        raise UserError(
+            f"instance {paths.name} is a machine that ssh reaches itself",
+            f"use: ssh {attached.address}",
+            ExitCode.USAGE,
+        )
     home.ensure()
     paths.ensure()
     click.echo(ssh.config(home, paths), nl=False)

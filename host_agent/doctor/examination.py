@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from host_agent import state
 from host_agent.configuration.config import Host
-from host_agent.doctor import folders, instance, kernel, machine, programs
+from host_agent.doctor import attached, folders, instance, kernel, machine, programs
 from host_agent.doctor.finding import Diagnosis, Finding
 from host_agent.paths import Home, InstancePaths
+from host_agent.remote import record
 
 
 async def examine(home: Home, paths: InstancePaths) -> Diagnosis:
     """Takes some seconds at the most, but where an accelerator has to be probed, or a disk does not answer."""
+    if (machine_there := record.load(paths)) is not None:
+        return Diagnosis.of(await attached.examine(home, paths, machine_there))
     told = await instance.ask(paths)
     running = told is not None
     last = state.load(paths.state)
