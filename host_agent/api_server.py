@@ -101,7 +101,6 @@ class Answers:
     dial: Dial
     mounts: Callable[[], Awaitable[Mounts]]
     add_mounts: Callable[[Sequence[MountSpec]], Awaitable[Mounts]]
-    remove_mounts: Callable[[Sequence[str]], Awaitable[Mounts]]
     port_settings: Callable[[], PortSettings]
     change_ports: Callable[[ChangePorts], PortSettings]
     sockets: Callable[[], Awaitable[SocketRows]]
@@ -112,6 +111,7 @@ class Answers:
     compact_disk: Callable[[], Awaitable[Disk]]
     usage: Callable[[], Awaitable[Usage]]
     reload: Callable[[], Awaitable[list[str]]]
+    remove_mounts: Callable[[Sequence[str]], Awaitable[Mounts]]
 
 
 class _Listing:
