@@ -1,0 +1,149 @@
+"""The delay line, and the sshd, that other tests rely on."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.remote.delay_line import DelayLine
+from tests.remote.sshd import Client, Sshd, account, program
+
+PATIENCE = 30.0
+
+
+@pytest.fixture
+def echo() -> Iterator[str]:
+    """The address of somebody who says everything back."""
+
+    def serve(peer: socket.socket) -> None:
+        with peer:
+            while data := peer.recv(65536):
+                peer.sendall(data)
+
+    def accept(listener: socket.socket) -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(peer,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def connect(line: DelayLine) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", line.port), timeout=PATIENCE)
+
+
+def ask(peer: socket.socket, question: bytes) -> float:
+    """Seconds until it came back."""
+    started = time.monotonic()
+    peer.sendall(question)
+    received = b""
+    while len(received) < len(question):
+        received += peer.recv(65536)
+    assert received == question
+    return time.monotonic() - started
+
+
+def test_each_byte_is_late_both_ways(echo: str) -> None:
+    with DelayLine(echo, 0.05) as line, connect(line) as peer:
+        assert ask(peer, b"?") >= 0.1
+        line.set_delay(0.0)
+        assert min(ask(peer, b"?") for _ in range(20)) < 0.1
+
+
+def test_a_delay_is_no_limit_of_throughput(echo: str) -> None:
+    """32 MiB are under way at once: they would take 50 s if one 64 KiB had to arrive before the next."""
+    size = 32 * 1024 * 1024
+    with DelayLine(echo, 0.05) as line, connect(line) as peer:
+
+        def send() -> None:
+            peer.sendall(bytes(size))
+            peer.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        started = time.monotonic()
+        sender.start()
+        received = 0
+        while data := peer.recv(1024 * 1024):
+            received += len(data)
+        sender.join()
+        assert received == size
+        assert time.monotonic() - started < 25
+
+
+def test_what_was_under_way_when_it_was_cut_arrives_when_it_is_restored(echo: str) -> None:
+    with DelayLine(echo) as line, connect(line) as peer:
+        ask(peer, b"there?")
+        line.cut()
+        peer.sendall(b"still there?")
+        peer.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            peer.recv(1)
+        peer.settimeout(PATIENCE)
+        line.restore()
+        assert peer.recv(100) == b"still there?"
+
+
+def test_a_reset_line_ends_connections_and_takes_new_ones(echo: str) -> None:
+    with DelayLine(echo) as line, connect(line) as peer:
+        ask(peer, b"there?")
+        line.reset()
+        with pytest.raises(ConnectionResetError):
+            peer.recv(1)
+        with connect(line) as another:
+            ask(another, b"there?")
+
+
+def test_a_refusing_line_does_so_until_it_is_restored(echo: str) -> None:
+    with DelayLine(echo) as line:
+        line.refuse()
+        with pytest.raises(ConnectionRefusedError):
+            connect(line)
+        line.restore()
+        with connect(line) as peer:
+            ask(peer, b"there?")
+
+
+def test_the_far_end_may_be_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with DelayLine(path) as line, connect(line) as peer:
+            with listener.accept()[0] as accepted:
+                accepted.sendall(b"here")
+            assert peer.recv(100) == b"here"
+            assert peer.recv(100) == b""
+
+
+def test_a_session_with_the_sshd(tmp_path: Path) -> None:
+    client = Client.make(tmp_path / "home")
+    home = tmp_path / "there"
+    with Sshd(environment={"HOME": str(home)}) as sshd:
+        client.may_enter(sshd)
+        with DelayLine(f"{sshd.address}:{sshd.port}") as line:
+            client.trust(sshd, line.port)
+            for port in (sshd.port, line.port):
+                argv = [
+                    program("ssh"),
+                    *client.options(),
+                    "-p",
+                    str(port),
+                    f"{account()}@{sshd.address}",
+                    "echo $HOME",
+                ]
+                done = subprocess.run(
+                    argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False
+                )
+                assert (done.returncode, done.stdout.decode().strip()) == (0, str(home)), done.stderr
