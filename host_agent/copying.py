@@ -40,16 +40,20 @@ _PROGRAM: Final = ("/usr/bin/python3", "-S", "-P", "-m", "guest_agent.copying")
 class FarEnd:
     """What is started over there."""
 
-    program: tuple[str, ...] = _PROGRAM
-    environment: Mapping[str, str] = field(default_factory=lambda: {"PYTHONPATH": _AGENTS})
+    program: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def far_end(paths: InstancePaths) -> FarEnd:
     """Of an attached machine it is the agent that was brought there. Raises ``UserError`` for a damaged record."""
     attached = record.load(paths)
     if attached is None:
-        return FarEnd()
-    return FarEnd((*shlex.split(attached.program), "copying"), {})
+        return _of_vm()
+    return FarEnd((*shlex.split(attached.program), "copying"))
+
+
+def _of_vm() -> FarEnd:
+    return FarEnd(_PROGRAM, {"PYTHONPATH": _AGENTS})
 
 
 #: Characters of one line of the guest's, which is told as a problem.
@@ -88,7 +92,7 @@ class Copy:
 
 
 async def into_guest(
-    link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy, end: FarEnd = FarEnd()
+    link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy, end: FarEnd | None = None
 ) -> None:
     """Raises ``UserError`` if there can be no copy; what could not be copied is told to ``copy``."""
     words = ["receive", *(["--single"] if len(sources) == 1 else []), destination]
@@ -111,7 +115,7 @@ async def into_guest(
 
 
 async def out_of_guest(
-    link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy, end: FarEnd = FarEnd()
+    link: Link, sources: Sequence[str], destination: str, user: str, copy: Copy, end: FarEnd | None = None
 ) -> None:
     """Raises ``UserError`` if there can be no copy; what could not be copied is told to ``copy``."""
     async with _guest_end(link, end, ["send", *sources], user) as stream:
@@ -151,8 +155,9 @@ def _check(code: int, copy: Copy) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _guest_end(link: Link, end: FarEnd, words: list[str], user: str) -> AsyncIterator[MuxStream]:
+async def _guest_end(link: Link, end: FarEnd | None, words: list[str], user: str) -> AsyncIterator[MuxStream]:
     """The streams of the process in the guest, which is hung up on when the block ends before it."""
+    end = end or _of_vm()
     try:
         stream = await link.open(Exec([*end.program, *words], dict(end.environment), user=user))
     except OpenRefused as error:

@@ -13,7 +13,7 @@ from host_agent import rules
 from host_agent.configuration.config import check_ports
 from host_agent.errors import UserError
 from host_agent.rule_text import words
-from host_agent.rules import Decision, Static
+from host_agent.rules import Decision, Rule, Static
 from protocol.api import ChangePorts, Listener, PortRule, PortSettings
 
 Apply = Callable[[Callable[[Listener], Decision], Iterable[Static]], None]
@@ -26,6 +26,7 @@ class PortRules:
         self, settings: PortSettings, apply: Apply, remember: Callable[[PortSettings], None]
     ) -> None:
         self.settings = settings
+        self._more: tuple[Rule, ...] = ()
         self._apply_rules = apply
         self._remember = remember
         self._apply()
@@ -38,8 +39,14 @@ class PortRules:
         self._apply()
         return settings
 
+    def add(self, *more: Rule) -> None:
+        """Those that come after the user's, of what is only known of the guest that is there."""
+        if more != self._more:
+            self._more = more
+            self._apply()
+
     def _apply(self) -> None:
-        listed = rules.complete(self.settings)
+        listed = rules.complete(self.settings, self._more)
         self._apply_rules(partial(rules.decide, rules=listed), rules.statics(self.settings))
 
 

@@ -145,6 +145,18 @@ class IgnoreUnits:
 
 
 @dataclass(frozen=True, slots=True)
+class IgnorePort:
+    """Leave alone what listens on one port, whoever it is."""
+
+    port: int
+    reason: str
+
+    def decide(self, listener: Listener) -> Decision | None:
+        is_it = listener.port == self.port and listener.proto is Proto.TCP
+        return Ignored(self.reason) if is_it else None
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardSamePort:
     """Whatever address it is bound to, to the same port of the host's localhost; of some units or of all.
 
@@ -215,13 +227,14 @@ _DAEMONS: tuple[Rule, ...] = (
 _AGENTS: Rule = IgnoreUnits(("agentctl-*.service", "agentctl-*.socket"), "agentctl's own daemon")
 
 
-def complete(settings: PortSettings) -> tuple[Rule, ...]:
-    """The whole list for these settings, which ``check_settings`` has nothing against."""
+def complete(settings: PortSettings, more: Sequence[Rule] = ()) -> tuple[Rule, ...]:
+    """The whole list for these settings, which ``check_settings`` has nothing against; ``more`` come after the
+    user's."""
     configured = [Configured(rule, number) for number, rule in enumerate(settings.rules, 1)]
     # The agent listens on nothing itself; what `agentctl exec` and `agentctl shell` start runs in its unit.
     own = ForwardSamePort(("agentctl-agent.service",), settings.lan, settings.privileged_offset)
     everybody = ForwardSamePort(lan=settings.lan, offset=settings.privileged_offset)
-    return (*_BEFORE, *configured, *_DAEMONS, own, _AGENTS, everybody)
+    return (*_BEFORE, *configured, *more, *_DAEMONS, own, _AGENTS, everybody)
 
 
 DEFAULT_RULES = complete(PortSettings())

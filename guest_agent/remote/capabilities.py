@@ -60,6 +60,12 @@ def line(nonce: str) -> str:
     return f"{WORD} {nonce} {json.dumps(capabilities(), ensure_ascii=True)}"
 
 
+def ssh_port() -> int:
+    """The port of this machine that its host came in by (SSH_CONNECTION of sshd(8)); 0 if nobody says."""
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    return int(words[3]) if len(words) == 4 and words[3].isdecimal() else 0
+
+
 def capabilities() -> dict[str, Any]:
     root = os.geteuid() == 0
     mounts, docker = find_mounts(root), find_docker()
@@ -77,6 +83,7 @@ def capabilities() -> dict[str, Any]:
         "hostname": os.uname().nodename,
         "mounts": asdict(mounts),
         "ports": {"how": "tracefs" if root and _has_tracefs() else "polling"},
+        "ssh_port": ssh_port(),
         "docker": asdict(docker),
         "problems": [asdict(problem) for problem in problems],
     }

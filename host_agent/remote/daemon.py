@@ -18,6 +18,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn, Protocol
 
 import trio
@@ -28,10 +29,11 @@ from host_agent.forwarders import UnixForwarder
 from host_agent.instance_agent import Inherited, InstanceAgent, main
 from host_agent.paths import Home, InstancePaths
 from host_agent.remote import answers, record
-from host_agent.remote.machine import Capabilities
+from host_agent.remote.machine import Capabilities, shown
 from host_agent.remote.prompts import Asked, Remembered
 from host_agent.remote.record import Attached
-from host_agent.remote.way import Condition, Way
+from host_agent.remote.way import Condition, Finished, Way
+from host_agent.rules import IgnorePort
 from protocol.api import Attachment, DialUnix, InstanceStatus, LinkState, Stage
 from protocol.errors import LinkError
 from protocol.link import Link
@@ -87,6 +89,7 @@ class AttachedAgent(InstanceAgent):
         self._installed: Installed | None = None
         self._beside: trio.Nursery | None = None
         self._has_docker = False
+        self._last_words = ""
         self._serve((), disk=_no_disk, change_disk=_no_disk, compact_disk=_no_disk)
 
     @property
@@ -119,9 +122,10 @@ class AttachedAgent(InstanceAgent):
         try:
             await self._guest.wait(START_TIME)
         except LinkError as error:
-            hint = "see what it said: agentctl logs --component host"
             raise UserError(
-                f"the agent on {self._address} does not answer: {error}", hint, ExitCode.GUEST
+                f"the agent on {self._address} does not answer: {shown(self._last_words) or error}",
+                "see: agentctl logs",
+                ExitCode.GUEST,
             ) from None
         await self._offer_docker()
         await self._files.settle(MOUNT_TIME)
@@ -150,6 +154,8 @@ class AttachedAgent(InstanceAgent):
         if self._record != before:
             with suppress(OSError):  # a full disk: the next start finds it out again
                 record.save(self._paths, self._record)
+        if port := found.capabilities.ssh_port:
+            self._ports.add(IgnorePort(port, "the machine's own SSH server"))
         for problem in found.capabilities.problems:
             self._events.say("missing", problem.what, hint=problem.fix)
 
@@ -161,7 +167,14 @@ class AttachedAgent(InstanceAgent):
         for plane, socket in (("control", self._paths.control_socket), ("files", self._paths.files_socket)):
             command = self._record.command("connect", plane, self._record.session, "--grace", f"{grace:g}")
             socket.unlink(missing_ok=True)
-            await self._beside.start(self._way.carry, socket, command)
+            await self._beside.start(self._way.carry, socket, command, partial(self._ended, plane))
+
+    def _ended(self, plane: str, finished: Finished) -> None:
+        """It is started again as soon as somebody connects; what it said may be why nobody gets an answer."""
+        said = finished.err.decode(errors="replace").strip()
+        logger.warning("%s ended there with status %s: %s", plane, finished.status, said or "without a word")
+        if finished.status:
+            self._last_words = said
 
     async def _offer_docker(self) -> None:
         """Docker's socket there as the instance's own, and a context that is there for who wants it."""

@@ -106,7 +106,10 @@ class Docker:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What ``check`` found. ``ports`` is ``tracefs`` or ``polling``; ``problems`` is all that a person is shown."""
+    """What ``check`` found. ``ports`` is ``tracefs`` or ``polling``; ``problems`` is all that a person is shown.
+
+    ``ssh_port`` is where the machine's sshd listens, or 0.
+    """
 
     python: str
     uid: int
@@ -118,6 +121,7 @@ class Capabilities:
     ports: str = ""
     docker: Docker = Docker()
     problems: tuple[Problem, ...] = ()
+    ssh_port: int = 0
 
     @classmethod
     def parse(cls, line: bytes | str) -> Self:
@@ -151,6 +155,7 @@ class Capabilities:
                 for row in (problems[:MAX_PROBLEMS] if isinstance(problems, list) else [])
                 if isinstance(row, dict) and shown(row.get("what"))
             ),
+            ssh_port=_port_number(found.get("ssh_port")),
         )
 
 
@@ -164,6 +169,10 @@ def _uid(of: dict[str, Any]) -> int:
     if type(uid) is not int or not 0 <= uid < 2**32:
         raise ValueError("a check without a user id")
     return uid
+
+
+def _port_number(value: object) -> int:
+    return value if type(value) is int and 0 < value < 65536 else 0
 
 
 def _path(of: dict[str, Any], name: str) -> str:

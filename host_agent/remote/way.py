@@ -56,6 +56,13 @@ class Way(Protocol):
         """Raises ``UserError`` if there is no connection, or it is lost, or the time is over."""
 
     async def carry(
-        self, listener_path: Path, command: str, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self,
+        listener_path: Path,
+        command: str,
+        on_end: Callable[[Finished], None] | None = None,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve the unix socket ``listener_path``: whoever connects talks to ``command``, until cancelled."""
+        """Serve the unix socket ``listener_path``: whoever connects talks to ``command``, until cancelled.
+
+        ``on_end`` is called, in trio's thread, when a command has ended by itself.
+        """

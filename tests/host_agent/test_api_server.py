@@ -170,6 +170,10 @@ class Instance:
         self.mounts += [Mount(spec, MountState.MOUNTED) for spec in specs]
         return await self.get_mounts()
 
+    async def remove_mounts(self, guest_paths: Sequence[str]) -> Mounts:
+        self.mounts = [mount for mount in self.mounts if mount.spec.guest_path not in guest_paths]
+        return await self.get_mounts()
+
     async def get_sockets(self) -> SocketRows:
         await trio.lowlevel.checkpoint()
         return SocketRows([SocketRow(each, ForwardState.LISTENING) for each in self.sockets])
@@ -229,6 +233,7 @@ async def served(paths: InstancePaths) -> AsyncIterator[Running]:
         instance.compact_disk,
         instance.get_usage,
         instance.reload,
+        instance.remove_mounts,
     )
     server = ApiServer(paths.agent_socket, answers, events)
     scope = trio.CancelScope()
