@@ -159,9 +159,12 @@ class FileService:
         return self.current()
 
     async def settle(self, timeout: float, specs: Sequence[MountSpec] | None = None) -> None:
-        """Wait until ``specs``, or all, are mounted or it is known why not; ``timeout`` seconds at the most."""
+        """Wait until ``specs`` are mounted or it is known why not, or without them until the guest is connected and all
+        of them are; ``timeout`` seconds at the most."""
         with trio.move_on_after(timeout):
-            while self._is_any_waiting(self._specs if specs is None else specs):
+            while (specs is None and not self._connected) or self._is_any_waiting(
+                self._specs if specs is None else specs
+            ):
                 await self._news.wait()
 
     async def remove(self, guest_paths: Sequence[str]) -> Mounts:

@@ -88,6 +88,7 @@ class AttachedAgent(InstanceAgent):
         self._news = trio.Event()
         self._installed: Installed | None = None
         self._beside: trio.Nursery | None = None
+        self._carriers: trio.Nursery | None = None
         self._has_docker = False
         self._last_words = ""
         self._serve((), disk=_no_disk, change_disk=_no_disk, compact_disk=_no_disk)
@@ -99,6 +100,12 @@ class AttachedAgent(InstanceAgent):
     async def _start_beside(self, nursery: trio.Nursery) -> None:
         self._beside = nursery
         await nursery.start(self._keep_way)
+        await nursery.start(self._hold_carriers)
+
+    async def _hold_carriers(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as self._carriers:
+            task_status.started()
+            await trio.sleep_forever()
 
     async def _keep_way(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with self._open_way(self._record, Remembered(answers.read(self._answers))) as self._way:
@@ -161,13 +168,13 @@ class AttachedAgent(InstanceAgent):
 
     async def _carry(self) -> None:
         """Serve the sockets that QEMU would, each with its agent over there."""
-        assert self._beside is not None
+        assert self._carriers is not None
         assert self._way is not None
         grace = math.inf if self._record.keep else GRACE
         for plane, socket in (("control", self._paths.control_socket), ("files", self._paths.files_socket)):
             command = self._record.command("connect", plane, self._record.session, "--grace", f"{grace:g}")
             socket.unlink(missing_ok=True)
-            await self._beside.start(self._way.carry, socket, command, partial(self._ended, plane))
+            await self._carriers.start(self._way.carry, socket, command, partial(self._ended, plane))
 
     def _ended(self, plane: str, finished: Finished) -> None:
         """It is started again as soon as somebody connects; what it said may be why nobody gets an answer."""
@@ -231,6 +238,9 @@ class AttachedAgent(InstanceAgent):
     # --- ends -------------------------------------------------------------------------------------
 
     async def _shut_down(self) -> None:
+        if self._carriers is not None:
+            # Whoever connected once more would have what ends there started again.
+            self._carriers.cancel_scope.cancel()
         kept = self._record.keep and not self._forced.is_set()
         if kept or not self._record.program or self._way is None:
             return
