@@ -69,10 +69,8 @@ class Session(asyncssh.SSHClientSession[bytes]):
     async def close(self) -> None:
         """End the command's input and output, and forget it if that takes long."""
         self.channel.close()
-        try:
-            await asyncio.wait_for(asyncio.shield(self.ended), CLOSE_PATIENCE)
-        except TimeoutError:
-            self.channel.abort()
+        await asyncio.wait([self.ended], timeout=CLOSE_PATIENCE)
+        self.channel.abort()
 
 
 class Output(Session):
@@ -107,6 +105,8 @@ class Bridge(Session):
         self._reading = False
         self._gone = False
         self._last = False  # the command has said all
+        self.hung_up = False
+        """Whether it was the client who has ended it."""
 
     def session_started(self) -> None:
         self.resume_writing()
@@ -124,7 +124,7 @@ class Bridge(Session):
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._leave()
+            self._hang_up()
             return
         if sent < len(data):
             self._unsent.append(memoryview(data)[sent:])
@@ -142,7 +142,7 @@ class Bridge(Session):
         except BlockingIOError:
             return
         except OSError:
-            self._leave()
+            self._hang_up()
             return
         self._loop.remove_writer(self._client)
         if self._last:
@@ -176,7 +176,9 @@ class Bridge(Session):
             return
         except OSError:
             data = b""
-        if not data or self.channel.is_closing():
+        if not data:
+            self._hang_up()
+        elif self.channel.is_closing():
             self._leave()
         else:
             self.channel.write(data)
@@ -195,6 +197,10 @@ class Bridge(Session):
         poll = select.poll()
         poll.register(self._client, select.POLLHUP | getattr(select, "POLLRDHUP", 0))
         return bool(poll.poll(0))
+
+    def _hang_up(self) -> None:
+        self.hung_up = True
+        self._leave()
 
     def _leave(self) -> None:
         """No more of the client."""

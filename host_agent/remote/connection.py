@@ -11,10 +11,12 @@ does not know the system's files: all of that is done here, from the configurati
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shlex
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, ParamSpec, Protocol, TypeVar
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for a connection to stand, without what somebody takes to answer.
 PATIENCE: Final = 20.0
+
+#: Seconds for what was connected to be closed, which needs nobody else.
+END_PATIENCE: Final = 5.0
 
 #: Seconds of silence before the machine is asked whether it is there, and how often, as ServerAliveInterval says.
 KEEPALIVE_INTERVAL: Final = 15
@@ -52,6 +57,9 @@ CIPHERS: Final = (
     "aes192-ctr",
     "aes128-ctr",
 )
+
+#: In ~/.ssh, as ssh tries them.
+USUAL_KEYS: Final = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 
 SYSTEM: Final = Path("/etc/ssh")
 
@@ -98,6 +106,14 @@ async def connect(
         raise Unreachable(f"{target} has not answered within {patience:.0f} s.", _try(target)) from None
 
 
+async def end(connection: asyncssh.SSHClientConnection) -> None:
+    """Nothing is under way on it any more, nor on those that it goes through."""
+    connection.abort()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(END_PATIENCE):
+            await connection.wait_closed()
+
+
 def _try(target: Address) -> str:
     """A hint: what shows the same failure with more words."""
     words = ["ssh", *(["-p", str(target.port)] if target.port else [])]
@@ -131,7 +147,7 @@ class _Dial:
             connection = await self._connect(target, given, tunnel, last=depth == 0)
         except BaseException:
             if tunnel is not None:
-                tunnel.abort()
+                await end(tunnel)
             raise
         if tunnel is not None:
             connection.set_tunnel(tunnel)  # ends with it
@@ -193,11 +209,6 @@ class _Dial:
                 return await asyncssh.connect(**self._words(target, given, known, client, tunnel))
             except asyncssh.HostKeyNotVerifiable as error:
                 await self._settle(target, given, known, client, str(error))
-                if tunnel is None:
-                    continue
-                # The way there is used up together with the connection that failed.
-                tunnel.abort()
-                tunnel = await self._jump(given, 0)
             except (asyncssh.Error, OSError, ValueError) as error:
                 raise _explained(error, target, given) from error
 
@@ -301,7 +312,7 @@ class _Dial:
         """Nobody is hurried: time stands still meanwhile."""
         self._limit.reschedule(None)
         try:
-            return await asyncio.to_thread(ask, *words, **more)
+            return await _in_a_thread(lambda: ask(*words, **more))
         finally:
             self._limit.reschedule(asyncio.get_running_loop().time() + self._patience)
 
@@ -378,6 +389,27 @@ def _explained(
     return Refused(f"{where} cannot be connected to: {error}.", _try(target))
 
 
+async def _in_a_thread(ask: Callable[[], T]) -> T:
+    """As ``asyncio.to_thread``, for what may never return: nobody waits for that thread."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def tell(settle: Callable[[Any], None], result: object) -> None:
+        if not answer.done():
+            settle(result)
+
+    def run() -> None:
+        try:
+            words: tuple[Callable[[Any], None], object] = (answer.set_result, ask())
+        except BaseException as error:
+            words = (answer.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, *words)
+
+    threading.Thread(target=run, name="prompt", daemon=True).start()
+    return await answer
+
+
 def _known_hosts_files(given: asyncssh.SSHClientConnectionOptions) -> list[Path]:
     """The user's and the system's, or those that the configuration names."""
     user = given.config.get("UserKnownHostsFile")
@@ -393,14 +425,16 @@ def _known_hosts_files(given: asyncssh.SSHClientConnectionOptions) -> list[Path]
 
 
 def _keys(given: asyncssh.SSHClientConnectionOptions) -> dict[str, Any]:
-    """Which keys there are: what asyncssh finds by itself, unless the configuration names some.
+    """Which keys there are: those that the configuration names, or the usual ones.
 
-    Of those, ssh passes over what is not there, and what is only a public key is the agent's to use.
+    ssh passes over what is not there, and what is only a public key is the agent's to use. (Without a list asyncssh
+    takes the usual ones, too, and cannot ask for their passphrases.)
     """
     config = given.config
     named = _paths(config.get("IdentityFile", ()))
-    private = [path for path in named if _has_private_key(path)]
-    words: dict[str, Any] = {"ignore_encrypted": True, "client_keys": private or ([] if named else ())}
+    usual = [Path.home() / ".ssh" / name for name in USUAL_KEYS]
+    private = [str(path) for path in named or usual if _has_private_key(path)]
+    words: dict[str, Any] = {"ignore_encrypted": True, "client_keys": private}
     if config.get("IdentitiesOnly") and named:
         public = [path if path.suffix == ".pub" else path.with_name(path.name + ".pub") for path in named]
         words["agent_identities"] = [str(path) for path in public if _readable(path)]

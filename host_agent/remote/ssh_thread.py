@@ -171,7 +171,7 @@ class SshThread:
         try:
             await done.wait()
         except trio.Cancelled:
-            self._loop.call_soon_threadsafe(lambda: task.cancel())
+            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(_end(task)))
             with trio.CancelScope(shield=True):
                 await done.wait()
             if not task.cancelled():
@@ -225,7 +225,8 @@ class _Line:
                 pause = FIRST_PAUSE
             self._hurry.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._hurry.wait()
                 pause = FIRST_PAUSE / 2
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -240,7 +241,7 @@ class _Line:
             await made.wait_closed()
         finally:
             self._connection = None
-            made.abort()
+            await connection.end(made)
         raise Unreachable(f"The connection to {self._address} was lost: {_said(why)}.")
 
     async def _set(
@@ -265,8 +266,7 @@ class _Line:
 
     async def close(self) -> None:
         if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+            await _end(self._keeping)
 
     def hurry(self) -> None:
         self._hurry.set()
@@ -398,13 +398,12 @@ class _Line:
             finally:
                 session.abandon()
                 await session.close()
-        finished = Finished(session.status, b"", session.said)
-        if session.status != 0 and session.ended.result() is None:
-            logger.info(
-                "%s ended with %s: %s", command, session.status, session.said.decode(errors="replace")
-            )
-        if session.ended.result() is None:
-            ended(finished)
+        if session.hung_up or session.ended.result() is not None:
+            return False
+        if session.status != 0:
+            said = session.said.decode(errors="replace").strip()
+            logger.info("%s ended with %s: %s", command, session.status, said)
+        ended(Finished(session.status, b"", session.said))
         return session.status != 0
 
 
@@ -440,9 +439,11 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             path.unlink(missing_ok=True)
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+async def _end(task: asyncio.Task[Any]) -> None:
+    """Cancel it, until it has ended: asyncio's ``wait_for``, which asyncssh uses, may swallow a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=1.0)
 
 
 def _said(errors: list[Exception | None]) -> str:

@@ -99,12 +99,8 @@ async def test_an_unknown_machine_is_refused_with_its_fingerprint(
 ) -> None:
     sshd.authorize(public(client.key))
     error = await refusal(address)
-    fingerprint = subprocess.run(
-        [program("ssh-keygen"), "-lf", str(sshd.host_key) + ".pub"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()[1]
+    listed = [program("ssh-keygen"), "-lf", str(sshd.host_key) + ".pub"]
+    fingerprint = (await trio.run_process(listed, capture_stdout=True)).stdout.decode().split()[1]
     assert isinstance(error, Refused)
     assert f"{known_as(sshd.address, sshd.port)} is not known here" in error.message
     assert fingerprint in error.message
