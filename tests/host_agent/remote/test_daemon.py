@@ -29,7 +29,7 @@ from protocol import execio
 from protocol.api import Exec, GetDisk, GetStatus, InstanceStatus, LinkState, Stage, StopInstance
 from protocol.errors import RemoteFailure
 from protocol.link import Link
-from tests.host_agent.remote.shell_way import ShellWay
+from tests.host_agent.remote.shell_way import REPOSITORY, ShellWay
 
 #: Python there and here, on a machine that has other work.
 PATIENCE = 60.0
@@ -43,7 +43,8 @@ def way() -> Iterator[ShellWay]:
 
 
 @pytest.fixture
-def attached(instance: InstancePaths) -> InstancePaths:
+def attached(instance: InstancePaths, monkeypatch: pytest.MonkeyPatch) -> InstancePaths:
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the file server, as its keeper does
     record.save(instance, Attached("me@machine", "default-0123"))
     state.save(instance.state, InstanceState(wanted=True, started_at=7.0))
     return instance
