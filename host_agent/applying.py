@@ -47,7 +47,7 @@ def apply(
         *groups.run(mount_more, paths, config, restart),
         *groups.run(change_ports, paths, config),
         *groups.run(change_sockets, paths, config),
-        *(groups.run(grow_while_running, paths, config.disk) if config.disk != running.disk else ()),
+        *(groups.run(grow_while_running, paths, config.disk) if _is_to_grow(config, running) else ()),
     )
     if waiting := waiting_for_restart(paths, running, config):
         warnings = (
@@ -58,10 +58,16 @@ def apply(
     return warnings
 
 
+def _is_to_grow(config: InstanceConfig, running: InstanceStatus) -> bool:
+    return running.attached is None and config.disk != running.disk
+
+
 def waiting_for_restart(
     paths: InstancePaths, running: InstanceStatus, config: InstanceConfig
 ) -> tuple[str, ...]:
     """The keys of ``config`` that are not yet as they are in the instance that runs."""
+    if running.attached is not None:
+        return ()  # these are of VMs
     kept = configuration.load_kept(paths.running_config) or config
     # An agent that came after a killed one has read the file again; the VM still is as it was started.
     current = replace(

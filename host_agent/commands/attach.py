@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from host_agent.starting import UpResult
 
 
+def _complete_attached(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Those that are attached, or were."""
+    there = (paths.name for paths in Home.find().instances() if paths.attached.exists())
+    return [name for name in there if name.startswith(incomplete)]
+
+
 @click.command()
 @click.option(
     "--mount",
@@ -37,7 +43,7 @@ if TYPE_CHECKING:
     "--keep/--no-keep", default=None, help="What runs there for us goes on when nobody is attached, or ends."
 )
 @json_option
-@click.argument("machine", metavar="[USER@]HOST[:PORT]")
+@click.argument("machine", metavar="[USER@]HOST[:PORT]", shell_complete=_complete_attached)
 def attach(
     machine: str,
     folders: tuple[str, ...],
@@ -104,7 +110,7 @@ def _named() -> str | None:
 
 @click.command()
 @click.option("--force", is_flag=True, help="Also what was to be kept running there; do not wait for it.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_attached)
 def detach(name: str | None, force: bool) -> None:
     """Let go of a machine: its ports and folders go, and what runs there for agentctl ends.
 

@@ -221,6 +221,7 @@ def delete(data: bool, yes: bool) -> None:
     what = "the instance and everything on its data disk" if data else "the instance (its data disk stays)"
     if paths.attached.exists():
         what = "what is remembered of the machine, which stays as it is"
+        data = True  # there is none, and of the folder nothing is to be kept
     if not yes:
         if not sys.stdin.isatty():
             raise UserError(f"this would remove {what}", "say so with --yes", ExitCode.USAGE)

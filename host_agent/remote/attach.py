@@ -103,6 +103,8 @@ def instance_of(home: Home, word: str, name: str | None) -> tuple[InstancePaths,
     before = record.load(paths)
     if before is None and _is_vm(paths):
         _taken(f"instance {paths.name} is a VM")
+    if before is not None and word == paths.name:
+        return paths, before.address
     if before is not None and before.address != word:
         _taken(f"instance {paths.name} is attached to {before.address}")
     Address.parse(word)
@@ -185,11 +187,7 @@ def _run(
             return _joined(home, paths, wishes)
         with state.locked(paths.up_lock) as ours:
             if ours:
-                if running is not None:
-                    progress("it has lost the machine; attaching anew")
-                    groups.run(starting.abandon, paths)
-                    groups.run(ending.lock_is_free, paths)
-                elif state.is_locked(paths.lock):
+                if running is None and state.is_locked(paths.lock):
                     continue  # another attach has finished between our look and our lock
                 return _start(home, paths, address, wishes, progress, ways, asked)
         progress("another agentctl command is starting this instance; waiting for it")
@@ -210,11 +208,15 @@ def _start(
     ways: Ways,
     asked: Asked,
 ) -> UpResult:
-    """With ``paths.up_lock`` held."""
+    """With ``paths.up_lock`` held. One that runs and has lost the machine is ended once that is reached from here: what
+    it goes on trying may need an answer."""
     before = record.load(paths) or Attached(address, session_name(home, paths.name))
     wanted = before if wishes.keep is None else replace(before, keep=wishes.keep)
     found = groups.run(_reach, wanted, progress, ways, asked)
     specs = folders.chosen(wishes.mounts, home.root, found.capabilities.home)
+    if state.is_locked(paths.lock):
+        groups.run(starting.abandon, paths)
+        groups.run(ending.lock_is_free, paths)
     record.save(paths, wanted)  # first: what the configuration is by default depends on it
     configuration.update(paths, lambda: _configured(paths, specs, wishes))
     given = answers.keep(asked.answers)

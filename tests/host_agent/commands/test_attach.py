@@ -93,7 +93,8 @@ def test_it_is_attached_again_by_its_name_with_all_it_had(
     more.mkdir()
     for words in (["attach", "box"], ["attach", "me@machine"], ["--instance", "box", "up"]):
         assert agentctl(*words, "--mount", f"{more}:/srv/b").returncode == 0
-    assert [paths.name for paths in started] == ["box"] * 4
+    assert agentctl("--instance", "box", "attach", "box").returncode == 0
+    assert [paths.name for paths in started] == ["box"] * 5
     found = record.load(home.instance("box"))
     assert found is not None
     assert found.keep
@@ -236,7 +237,8 @@ def test_at_rest_it_is_stopped_and_can_be_forgotten(home: Home) -> None:
     done = agentctl("--instance", "box", "status")
     assert done.returncode == ExitCode.NOT_RUNNING
     assert "attach it: agentctl attach box" in done.stdout
-    assert agentctl("--instance", "box", "delete", "--data", "--yes").returncode == 0
+    assert agentctl("--instance", "box", "config", "set", "ports.lan=true").returncode == 0
+    assert agentctl("--instance", "box", "delete", "--yes").returncode == 0
     assert not paths.directory.exists()
 
 
