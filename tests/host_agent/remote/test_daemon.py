@@ -26,7 +26,7 @@ from host_agent.remote.machine import Capabilities, Docker, Problem
 from host_agent.remote.record import Attached
 from host_agent.state import InstanceState
 from protocol import execio
-from protocol.api import Exec, GetDisk, GetStatus, InstanceStatus, LinkState, Stage, StopInstance
+from protocol.api import Exec, GetDisk, GetStatus, InstanceStatus, LinkState, PortRule, Stage, StopInstance
 from protocol.errors import RemoteFailure
 from protocol.link import Link
 from tests.host_agent.remote.shell_way import REPOSITORY, ShellWay
@@ -46,6 +46,10 @@ def way() -> Iterator[ShellWay]:
 def attached(instance: InstancePaths, monkeypatch: pytest.MonkeyPatch) -> InstancePaths:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the file server, as its keeper does
     record.save(instance, Attached("me@machine", "default-0123"))
+    # Its ports are ours, and must not be taken from whoever else listens here.
+    asked = configuration.load(instance, configuration.Host.measure())
+    everything = PortRule(guest_ip="0.0.0.0", guest_port=1, ports=65535, ignore=True)
+    configuration.save(instance, replace(asked, rules=(everything,)))
     state.save(instance.state, InstanceState(wanted=True, started_at=7.0))
     return instance
 
@@ -269,6 +273,7 @@ async def test_what_the_machine_has_and_what_it_lacks(
 
 async def test_its_configuration_begins_without_folders(attached: InstancePaths) -> None:
     host = configuration.Host.measure()
+    attached.config.unlink()
     attached.home.template.write_text("mounts: [/srv]\n")
     asked = configuration.load(attached, host)
     assert asked.mounts == ()
