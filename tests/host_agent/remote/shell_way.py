@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from subprocess import DEVNULL
 
 import trio
 
@@ -109,7 +109,7 @@ class ShellWay:
             ["sh", "-c", f"exec {command}"],
             stdin=client.fileno(),
             stdout=client.fileno(),
-            stderr=DEVNULL,
+            stderr=subprocess.DEVNULL,
             env=self._environment(),
         )
         self._carried.add(process)
@@ -121,6 +121,12 @@ class ShellWay:
             process.kill()
             with trio.CancelScope(shield=True):
                 await process.wait()
+
+    def end(self, session: str) -> None:
+        """Leave nothing running, whatever a test has left."""
+        if (self.home / ".cache/agentctl/run" / session).exists():
+            command = [sys.executable, "-m", "guest_agent.remote", "end", session]
+            subprocess.run(command, env=self._environment(), check=False, timeout=60)
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "HOME": str(self.home), "PYTHONPATH": str(REPOSITORY)}

@@ -31,6 +31,8 @@ from protocol.errors import RemoteFailure
 from protocol.link import Link
 from tests.host_agent.remote.shell_way import REPOSITORY, ShellWay
 
+SESSION = "default-0123"
+
 #: Python there and here, on a machine that has other work.
 PATIENCE = 60.0
 
@@ -38,14 +40,16 @@ PATIENCE = 60.0
 @pytest.fixture
 def way() -> Iterator[ShellWay]:
     folder = Path(tempfile.mkdtemp(prefix="ac-"))
-    yield ShellWay(folder)
+    found = ShellWay(folder)
+    yield found
+    found.end(SESSION)  # of a test that has failed; a moment, and nothing, after all others
     rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
 def attached(instance: InstancePaths, monkeypatch: pytest.MonkeyPatch) -> InstancePaths:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the file server, as its keeper does
-    record.save(instance, Attached("me@machine", "default-0123"))
+    record.save(instance, Attached("me@machine", SESSION))
     # Its ports are ours, and must not be taken from whoever else listens here.
     asked = configuration.load(instance, configuration.Host.measure())
     everything = PortRule(guest_ip="0.0.0.0", guest_port=1, ports=65535, ignore=True)
