@@ -25,8 +25,8 @@ READ_SIZE: Final = 128 * 1024
 #: Bytes kept of what a command says of itself: its last sentences.
 MAX_SAID: Final = 4096
 
-#: Seconds for the machine to close what we have closed; its window may be full for ever.
-CLOSE_PATIENCE: Final = 5.0
+#: Seconds for last words to be sent, and the machine to close what we have closed; its window may be full for ever.
+CLOSE_PATIENCE: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)

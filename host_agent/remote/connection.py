@@ -48,7 +48,9 @@ ATTEMPTS: Final = 3
 #: Machines on the way to one: a configuration whose jumps lead in a circle has more.
 MAX_JUMPS: Final = 8
 
-#: The fastest first: AES is in the processor. Measured in docs/design.md; a ``Ciphers`` line of the user's wins.
+#: The fastest first: AES is in the processor. Over loopback, with asyncssh, aes128-gcm carried 109 MB/s, aes256-gcm and
+#: aes128-ctr 96, chacha20 79, and a packet took 0.23, 0.24, 0.25 and 0.32 ms there and back. A ``Ciphers`` line of the
+#: user's wins.
 CIPHERS: Final = (
     "aes128-gcm@openssh.com",
     "aes256-gcm@openssh.com",
@@ -62,6 +64,9 @@ CIPHERS: Final = (
 USUAL_KEYS: Final = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
 
 SYSTEM: Final = Path("/etc/ssh")
+
+# It tells of each connection, each command and each window; what matters is raised.
+asyncssh.set_log_level(logging.WARNING)
 
 
 class Refused(UserError):
@@ -375,6 +380,11 @@ def _explained(
         return Refused(
             f"{where} lets {given.username} in with none of the keys there are.",
             f"It must be possible to log in with a key, from your ssh-agent or ~/.ssh. {_try(target)}",
+        )
+    if isinstance(error, asyncssh.DisconnectError) and "authentication failures" in error.reason:
+        return Refused(
+            f"{where} had seen enough keys before one that lets {given.username} in.",
+            f"Name the right one in ~/.ssh/config, with IdentityFile and IdentitiesOnly yes. {_try(target)}",
         )
     if isinstance(error, asyncssh.KeyExchangeFailed | asyncssh.ProtocolNotSupported):
         return Refused(f"{where} and this machine have no way to speak to each other: {error}.", _try(target))

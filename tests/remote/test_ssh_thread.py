@@ -266,6 +266,18 @@ async def test_a_key_of_an_agent(
         assert isinstance(await refusal(address), Refused)
 
 
+async def test_a_machine_that_has_seen_enough_keys_is_not_shown_them_again(
+    client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Sshd(settings=["MaxAuthTries 1"]) as sshd, agent(make_key(folder / "another")) as socket_path:
+        client.may_enter(sshd)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(socket_path))
+        error = await refusal(Address(sshd.address, account(), sshd.port))
+    assert isinstance(error, Refused)
+    assert "had seen enough keys" in error.message
+    assert "IdentitiesOnly" in error.hint
+
+
 async def test_an_agent_that_is_gone_is_no_obstacle(
     sshd: Sshd, client: Client, address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +335,25 @@ async def test_through_a_second_machine(sshd: Sshd, client: Client, address: Add
         assert await says(far) == "hello"
         jump.stop()
         assert isinstance(await refusal(far), Unreachable)
+
+
+async def test_through_a_command(sshd: Sshd, client: Client) -> None:
+    client.may_enter(sshd)
+    with Sshd() as jump:
+        client.may_enter(jump)
+        words = [
+            program("ssh"),
+            *client.options(),
+            "-W",
+            "%h:%p",
+            "-p",
+            str(jump.port),
+            f"{account()}@{jump.address}",
+        ]
+        client.configure(
+            f"Host far\n HostName {sshd.address}\n Port {sshd.port}\n ProxyCommand {' '.join(words)}"
+        )
+        assert await says(Address("far", account())) == "hello"
 
 
 async def test_jumps_in_a_circle(client: Client) -> None:
