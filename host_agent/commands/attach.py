@@ -80,8 +80,13 @@ def attached(paths: InstancePaths, address: str, wishes: Wishes) -> UpResult:
     from host_agent.remote.prompts import Terminal
 
     terminal = Terminal()
-    with progress(terminal) as report:
-        return attaching.run(paths, address, wishes, report, _ways(), terminal)
+    try:
+        with progress(terminal) as report:
+            return attaching.run(paths, address, wishes, report, _ways(), terminal)
+    except UserError:
+        if terminal.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _ways() -> Ways:

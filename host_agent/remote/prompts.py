@@ -7,13 +7,16 @@ What was typed is kept for the host agent, in memory (``answers``).
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterator, Mapping
+import termios
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
-import click
-
 from host_agent.progress import Line
+
+#: Bytes of an answer; a longer one is a mistake.
+MAX_ANSWER = 4096
 
 
 class Asked(Protocol):
@@ -41,10 +44,15 @@ class Remembered:
 
 
 class Terminal:
-    """The user. Called in threads of their own, one at a time."""
+    """The user. Called in threads of their own, one at a time.
+
+    A ^C is for the main thread, which cannot end one that reads; so it is read like any key while somebody is asked.
+    ``interrupted`` says that it was typed.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
+        self.interrupted = False
         self.line: Line | None = None
         """Where progress is shown, which a question interrupts."""
 
@@ -53,28 +61,24 @@ class Terminal:
         return sys.stdin.isatty() and sys.stderr.isatty()
 
     def ask(self, question: str, *, secret: bool) -> str | None:
-        if not self.is_there():
-            return None
-        try:
-            with self._alone():
-                answer: str = click.prompt(
-                    question, hide_input=secret, err=True, default="", show_default=False
-                )
-        except click.Abort:
-            return None
+        answer = self._asked(f"{question}: ", shown=not secret)
         if answer:
             self.answers[question] = answer
         return answer or None
 
     def trust(self, host: str, key_type: str, fingerprint: str) -> bool:
-        if not self.is_there():
-            return False
+        fact = f"{host} is not known here. Its key is {key_type} {fingerprint}."
+        answer = self._asked(f"{fact}\nIs that the machine you mean? [y/N]: ", shown=True)
+        return answer is not None and answer.strip().lower() in ("y", "yes")
+
+    def _asked(self, question: str, *, shown: bool) -> str | None:
+        """None if nobody is there, or does not want to be asked."""
+        if self.interrupted or not self.is_there():
+            return None
         with self._alone():
-            click.echo(f"{host} is not known here. Its key is {key_type} {fingerprint}.", err=True)
-            try:
-                return click.confirm("Is that the machine you mean?", default=False, err=True)
-            except click.Abort:
-                return False
+            answer = typed(sys.stdin.fileno(), question, _write, shown=shown)
+        self.interrupted = answer is None
+        return answer
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -87,3 +91,39 @@ class Terminal:
             yield
         finally:
             self.line.start()
+
+
+def typed(terminal: int, question: str, write: Callable[[str], object], *, shown: bool) -> str | None:
+    """The line that is typed at ``terminal``, a descriptor, which is left as it was found; None after ^C, ^D, or its
+    end."""
+    write("".join(each if each.isprintable() or each == "\n" else "?" for each in question))
+    before = termios.tcgetattr(terminal)
+    keys = termios.tcgetattr(terminal)
+    keys[3] &= ~(termios.ICANON | termios.ECHO | termios.ISIG)
+    text = b""
+    try:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, keys)
+        while (key := os.read(terminal, 1)) not in (b"\n", b"\r"):
+            if key in (b"", b"\x03", b"\x04"):
+                return None
+            text = _edited(text, key)
+            if shown:
+                write("\r\x1b[K" + question.splitlines()[-1] + text.decode(errors="ignore"))
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        write("\n")
+    return text.decode(errors="surrogateescape")
+
+
+def _edited(text: bytes, key: bytes) -> bytes:
+    """``text`` after one more key: a byte, the last character away (backspace), or all of it (^U)."""
+    if key == b"\x15":
+        return b""
+    if key in (b"\x7f", b"\x08"):
+        return text.decode(errors="surrogateescape")[:-1].encode(errors="surrogateescape")
+    return text + key if len(text) < MAX_ANSWER else text
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

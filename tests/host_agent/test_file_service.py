@@ -425,6 +425,22 @@ async def test_what_was_added_is_served_by_the_next_process_as_well(
         await until(lambda: it.states() == [MountState.MOUNTED] * 2)
 
 
+async def test_a_mount_is_taken_away_while_it_runs(
+    instance: InstancePaths, stand_in: Callable[[str], list[str]]
+) -> None:
+    async with served(instance, stand_in("sound"), HOME, DATA) as it:
+        await until(lambda: it.states() == [MountState.MOUNTED] * 2)
+        with pytest.raises(UserError, match="/nowhere is not a mount"):
+            await it.service.remove([DATA.guest_path, "/nowhere"])
+        assert it.service.specs == (HOME, DATA)
+        table = await it.service.remove([DATA.guest_path])
+        assert [mount.spec for mount in table.mounts] == [HOME]
+        assert it.diary.remembered == [(HOME,)]
+        first, second = it.requests()
+        assert len(first) == 2
+        assert len(second) == 1
+
+
 @pytest.mark.parametrize(
     ("failure", "spec"),
     [(None, MountSpec("/other", "/home/me")), (OSError(28, "No space left on device"), DATA)],

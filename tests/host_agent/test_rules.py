@@ -362,3 +362,14 @@ def test_a_static_rule_opens_nothing_that_an_earlier_rule_has_decided() -> None:
     udp_only = rule(proto=Proto.UDP, ignore=True)
     (left,) = statics(PortSettings([udp_only, elsewhere]))
     assert (left.proto, left.host, left.rank) == (Proto.TCP, HostAddress(Proto.TCP, LOCALHOST, 9090), 2)
+
+
+def test_a_port_of_the_machine_that_is_its_own_is_left_alone_unless_a_rule_says_otherwise() -> None:
+    own = rules.IgnorePort(2222, "its own SSH server")
+    listed = rules.complete(PortSettings(), (own,))
+    assert decide(Listener(Proto.TCP, "0.0.0.0", 2222), listed) == rules.Ignored("its own SSH server")
+    assert isinstance(decide(Listener(Proto.UDP, "0.0.0.0", 2222), listed), rules.Forwarding)
+    assert isinstance(decide(Listener(Proto.TCP, "0.0.0.0", 2223), listed), rules.Forwarding)
+    asked = PortRule(guest_port=2222, ports=1, host_port=3333)
+    listed = rules.complete(PortSettings([asked]), (own,))
+    assert isinstance(decide(Listener(Proto.TCP, "127.0.0.1", 2222), listed), rules.Forwarding)
