@@ -223,6 +223,7 @@ def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
 
 def _facts_of_machine(status: InstanceStatus, machine: Attachment) -> list[tuple[str, str]]:
     """Of one that is attached."""
+    by_user = machine.mounting == "fusermount3"
     facts = [("machine", machine.address)]
     if status.agent_pid:
         ago = _duration(time.time() - machine.since)
@@ -241,7 +242,7 @@ def _facts_of_machine(status: InstanceStatus, machine: Attachment) -> list[tuple
         facts += [
             ("guest agent", _agent(status)),
             ("ports", f"found by {machine.ports}" if machine.ports else "unknown"),
-            ("mounts", _mounts(status) + (f", by {machine.mounting}" if machine.mounting else "")),
+            ("mounts", _mounts(status) + (", by fusermount3" if by_user and status.mounts else "")),
         ]
     if status.docker_socket:
         facts += _sockets(status)
