@@ -22,6 +22,9 @@ from protocol.api import LinkState
 
 REPOSITORY = Path(__file__).parents[3]
 
+#: Where programs find these packages first, and all else where this process does.
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 
 @dataclass(frozen=True)
 class Done:
@@ -129,7 +132,7 @@ class ShellWay:
             subprocess.run(command, env=self._environment(), check=False, timeout=60)
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "HOME": str(self.home), "PYTHONPATH": str(REPOSITORY)}
+        return {**os.environ, "HOME": str(self.home), "PYTHONPATH": PYTHONPATH}
 
     @asynccontextmanager
     async def opened(self, attached: Attached, asked: Asked) -> AsyncIterator[Way]:

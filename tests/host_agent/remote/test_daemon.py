@@ -29,7 +29,7 @@ from protocol import execio
 from protocol.api import Exec, GetDisk, GetStatus, InstanceStatus, LinkState, PortRule, Stage, StopInstance
 from protocol.errors import RemoteFailure
 from protocol.link import Link
-from tests.host_agent.remote.shell_way import REPOSITORY, ShellWay
+from tests.host_agent.remote.shell_way import PYTHONPATH, ShellWay
 
 SESSION = "default-0123"
 
@@ -48,7 +48,7 @@ def way() -> Iterator[ShellWay]:
 
 @pytest.fixture
 def attached(instance: InstancePaths, monkeypatch: pytest.MonkeyPatch) -> InstancePaths:
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for the file server, as its keeper does
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)  # for the file server, as its keeper does
     record.save(instance, Attached("me@machine", SESSION))
     # Its ports are ours, and must not be taken from whoever else listens here.
     asked = configuration.load(instance, configuration.Host.measure())
