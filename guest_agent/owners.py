@@ -7,6 +7,9 @@ Which process holds a socket /proc tells: its tables name the inodes of what lis
 descriptors of each process those that it has open. A port that Docker publishes is held by its proxy; to which port of
 which container that leads dockerd says, and the process there is found in the same way, in the container's network.
 Where no process in question belongs to Docker it is not asked, since that would start one that was stopped.
+
+An ordinary user is told the descriptors of their own processes only. Of the other ports there remain those that Docker
+publishes, if it lets that user ask: by their containers, without the process.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from protocol.api import GetOwners, Owner, Owners, Proto
 from protocol.link import Service
 
 DOCKER = Path("/run/docker.sock")
+
+DOCKERD = "dockerd"
+"""Its process's name, which everybody may read: it runs, and asking it starts nothing."""
 
 MAX_OWNERS = 1024
 """Listeners that are looked at, lowest ports first. One takes 200 bytes on the wire at the most, a header 256 KiB."""
@@ -87,12 +93,25 @@ class Container:
     published: tuple[Published, ...] = ()
 
 
-def find(proc: Path = Path("/proc"), docker: Path = DOCKER, cgroups: Path | None = None) -> list[Owner]:
-    """Who listens in this network namespace, at the most ``MAX_OWNERS``. Blocks for some tens of milliseconds."""
+def find(
+    proc: Path = Path("/proc"),
+    docker: Path = DOCKER,
+    cgroups: Path | None = None,
+    *,
+    root: bool | None = None,
+) -> list[Owner]:
+    """Who listens in this network namespace, at the most ``MAX_OWNERS``. Blocks for some tens of milliseconds.
+
+    ``root``: whether all processes may be looked into; by default, whether we are.
+    """
+    sees_all = os.geteuid() == 0 if root is None else root
     bound = sorted(listening(proc / "self" / "net"), key=lambda each: each.port)[:MAX_OWNERS]
-    pids = holders(proc, _processes(proc), {each.inode for each in bound})
+    processes = _processes(proc)
+    pids = holders(proc, processes, {each.inode for each in bound})
     inside = {pid: _cgroup(proc, pid) for pid in set(pids.values())}
-    of_docker = any("docker" in cgroup for cgroup in inside.values())
+    of_docker = any("docker" in cgroup for cgroup in inside.values()) or (
+        not sees_all and any(_name(proc, pid) == DOCKERD for pid in processes)
+    )
     containers = running_containers(docker) if of_docker else {}
     published = {
         (port.proto, port.address, port.port): (container, port.private_port)
@@ -105,7 +124,8 @@ def find(proc: Path = Path("/proc"), docker: Path = DOCKER, cgroups: Path | None
         pid = pids.get(each.inode)
         cgroup = inside.get(pid, "") if pid is not None else ""
         scope = _CONTAINER_SCOPE.search(cgroup)
-        place = published.get((each.proto, each.address, each.port)) if "docker" in cgroup else None
+        hidden = pid is None and not sees_all
+        place = published.get((each.proto, each.address, each.port)) if hidden or "docker" in cgroup else None
         if scope is not None:  # with the host's network
             process, name = _name(proc, pid), containers.get(scope[1], Container("", scope[1][:12])).name
         elif place is not None:

@@ -29,6 +29,10 @@ ROOT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 USER_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
 """Debian's ENV_SUPATH and ENV_PATH (/etc/login.defs)."""
 
+OF_THE_LOGIN = ("LANG", "PATH", "XDG_RUNTIME_DIR")
+"""What an agent that is not root passes on of its own environment; by the last one systemctl --user is found, and a
+Docker without root."""
+
 HANG_UP_GRACE = 3.0
 """Seconds between SIGHUP and SIGKILL for a process whose user has gone."""
 
@@ -55,10 +59,23 @@ class CannotExecute(Exception):
 
 def find_account(name: str) -> Account:
     """The account of a user, or of whoever runs this process for an empty name. Raises ``KeyError``."""
-    entry = pwd.getpwnam(name) if name else pwd.getpwuid(os.geteuid())
+    try:
+        entry = pwd.getpwnam(name) if name else pwd.getpwuid(os.geteuid())
+    except KeyError:
+        if name:
+            raise
+        return _nameless_account()
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
     shell = entry.pw_shell or "/bin/sh"
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(groups), entry.pw_dir, shell)
+
+
+def _nameless_account() -> Account:
+    """Ours where no directory knows our number, as in containers."""
+    uid, said = os.geteuid(), os.environ.get
+    return Account(
+        str(uid), uid, os.getegid(), tuple(os.getgroups()), said("HOME", "/"), said("SHELL", "/bin/sh")
+    )
 
 
 def may_become(account: Account) -> bool:
@@ -77,6 +94,10 @@ def environment(account: Account, target: Exec) -> dict[str, str]:
     }
     if target.tty is not None:
         base["TERM"] = "xterm-256color"
+    if (
+        os.geteuid()
+    ):  # ours began with a login of that user, on a machine that may have its own ideas of all this
+        base |= {name: os.environ[name] for name in OF_THE_LOGIN if name in os.environ}
     return {"LANG": "C.UTF-8", **login_environment(), **base, **target.env}
 
 

@@ -254,6 +254,7 @@ async def test_the_environment_is_a_logins_and_not_the_agents(
     host: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGENT_SECRET", "x")
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     of_the_machine = {"http_proxy": "http://10.0.2.2:3128", "HOME": "/wrong", "EXTRA": "wrong"}
     monkeypatch.setattr(spawn, "login_environment", lambda: of_the_machine)
     process = await run(host, "env", env={"LANG": "de_DE.UTF-8", "EXTRA": "a=b c"})
@@ -264,6 +265,30 @@ async def test_the_environment_is_a_logins_and_not_the_agents(
     }  # fmt: skip
     assert (env["USER"], env["LANG"], env["EXTRA"]) == (user, "de_DE.UTF-8", "a=b c")
     assert env["HOME"] != "/wrong"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root has the path of root")
+async def test_an_ordinary_user_finds_what_their_login_found(
+    host: Link, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tool-of-mine").write_text("#!/bin/sh\necho $XDG_RUNTIME_DIR\n")
+    (tmp_path / "tool-of-mine").chmod(0o755)
+    monkeypatch.setenv("PATH", f"/usr/bin:/bin:{tmp_path}")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/mine")
+    assert (await run(host, "tool-of-mine")).stdout == b"/run/user/mine\n"
+
+
+async def test_who_has_no_name_has_a_home_and_a_shell_all_the_same(
+    host: Link, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def unknown(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SHELL", raising=False)
+    process = await run(host, "sh", "-c", "pwd; id -u; echo $USER $SHELL")
+    assert process.stdout.decode() == f"{tmp_path}\n{os.geteuid()}\n{os.geteuid()} /bin/sh\n"
 
 
 async def test_a_working_directory_that_does_not_exist_is_the_home(host: Link) -> None:

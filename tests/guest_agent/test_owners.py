@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -57,8 +58,12 @@ class Guest:
         with processes.open("a") as file:
             file.write(f"{pid}\n")
 
-    def find(self) -> list[Owner]:
-        return owners.find(self.proc, self.docker, self.cgroups)
+    def find(self, *, root: bool = True) -> list[Owner]:
+        return owners.find(self.proc, self.docker, self.cgroups, root=root)
+
+    def hide(self, pid: int) -> None:
+        """Its descriptors, as the kernel does from who is neither its user nor root."""
+        shutil.rmtree(self.proc / str(pid) / "fd")
 
     @contextmanager
     def dockerd(self, answer: bytes) -> Iterator[list[bytes]]:
@@ -140,6 +145,29 @@ def test_a_published_port_is_the_process_in_the_container(guest: Guest) -> None:
             Owner(Proto.TCP, "0.0.0.0", 8080, "nginx", "web"),
             Owner(Proto.TCP, "::", 8080, "nginx", "web"),
         ]
+
+
+def test_an_ordinary_user_sees_their_own_and_what_docker_publishes(guest: Guest) -> None:
+    guest.process(300, "dockerd", "/system.slice/docker.service")
+    guest.process(500, "docker-proxy", "/system.slice/docker.service", 80)
+    guest.process(600, "nginx", f"/system.slice/docker-{PROXIED}.scope", 5)
+    guest.process(700, "sshd", "/system.slice/ssh.service", 81)
+    guest.process(800, "python3", "/user.slice/session-1.scope", 82)
+    for pid in (1, 300, 500, 600, 700):
+        guest.hide(pid)
+    guest.table("tcp", (ANY, 8080, "0A", 80), (ANY, 22, "0A", 81), (LOOPBACK, 8000, "0A", 82))
+    own = Owner(Proto.TCP, "127.0.0.1", 8000, "python3")
+    container = {"Id": PROXIED, "Names": ["/web"], "Ports": [published("0.0.0.0", 8080, 80)]}
+    with guest.dockerd(listed(container)):
+        assert guest.find(root=False) == [own, Owner(Proto.TCP, "0.0.0.0", 8080, "", "web")]
+    assert guest.find(root=False) == [own]  # nobody answers, or not this user
+
+
+def test_dockerd_is_not_woken_by_an_ordinary_user(guest: Guest) -> None:
+    guest.table("tcp", (ANY, 80, "0A", 71))
+    with guest.dockerd(listed()) as asked:
+        assert guest.find(root=False) == []
+    assert asked == []
 
 
 def test_a_container_with_the_guests_network_is_named_by_its_cgroup(guest: Guest) -> None:
