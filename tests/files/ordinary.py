@@ -125,7 +125,7 @@ class UsersPlane(Plane):
     def host_sh(self, script: str) -> str:
         """Run a shell script in the folder, as its owner, and wait until the guest has heard of it; what it says."""
         argv = as_user(HOST, ["sh", "-ec", script])
-        done = subprocess.run(argv, cwd=self.host, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+        done = subprocess.run(argv, cwd=self.host, stdout=subprocess.PIPE, text=True, timeout=200, check=True)
         self.heard()
         return done.stdout
 

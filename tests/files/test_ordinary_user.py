@@ -10,7 +10,11 @@ import pytest
 from tests.files.harness import Folder, eventually
 from tests.files.ordinary import GUEST, HOST, UsersPlane, obstacle
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 or bool(obstacle()), reason=obstacle())
+
+@pytest.fixture(autouse=True, scope="module")
+def possible() -> None:
+    if reason := obstacle():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
