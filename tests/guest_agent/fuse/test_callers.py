@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
+from guest_agent.fuse import callers
 from guest_agent.fuse.callers import dies_by, is_dying, times_run
 
 STATUS = """Name:\tcat
@@ -93,6 +94,18 @@ def test_the_masks_of_a_real_process_are_read() -> None:
         )
         child.kill()
         child.wait(timeout=30)
+
+
+def test_a_thread_that_proc_hides_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc may be mounted so that it shows nobody but oneself (hidepid)."""
+
+    def hidden(path: str, mode: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(callers, "open", hidden, raising=False)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        assert not is_dying(child.pid)
+    assert is_dying(child.pid)
 
 
 def test_a_thread_that_slept_and_was_woken_is_told_from_one_that_sleeps() -> None:
