@@ -30,8 +30,10 @@ GUEST: Final = 61002
 
 
 def as_user(user: int, argv: Sequence[str]) -> list[str]:
-    # By way of env: what setpriv itself starts is still looked for with root's capabilities.
-    return ["setpriv", "--reuid", str(user), "--regid", str(user), "--clear-groups", "--", "env", "--", *argv]
+    # The signal of UNTIL_WE_END once more: who becomes another user loses it. By way of env: what setpriv itself starts
+    # is still looked for with root's capabilities.
+    ids = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]
+    return ["setpriv", *ids, "--pdeathsig", "KILL", "--", "env", "--", *argv]
 
 
 def obstacle() -> str:
