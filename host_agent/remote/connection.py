@@ -214,7 +214,7 @@ class _Dial:
                 return await asyncssh.connect(**self._words(target, given, known, client, tunnel))
             except asyncssh.HostKeyNotVerifiable as error:
                 await self._settle(target, given, known, client, str(error))
-            except (asyncssh.Error, OSError, ValueError) as error:
+            except Exception as error:  # what a server sends may come out of asyncssh as anything
                 raise _explained(error, target, given) from error
 
     def _words(
@@ -396,7 +396,9 @@ def _explained(
         return Unreachable(f"The connection to {where} failed: {error.reason or error}.", _try(target))
     if isinstance(error, OSError):
         return Unreachable(f"{where} cannot be reached: {error.strerror or error}.", _try(target))
-    return Refused(f"{where} cannot be connected to: {error}.", _try(target))
+    if isinstance(error, ValueError):  # a key, or a word of the configuration
+        return Refused(f"{where} cannot be connected to: {error}.", _try(target))
+    return Unreachable(f"The connection to {where} failed: {error!r}.", _try(target))
 
 
 async def _in_a_thread(ask: Callable[[], T]) -> T:
