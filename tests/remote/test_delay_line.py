@@ -56,30 +56,22 @@ def ask(peer: socket.socket, question: bytes) -> float:
 
 
 def test_each_byte_is_late_both_ways(echo: str) -> None:
-    with DelayLine(echo, 0.05) as line, connect(line) as peer:
-        assert ask(peer, b"?") >= 0.1
+    with DelayLine(echo, 0.5) as line, connect(line) as peer:
+        assert ask(peer, b"?") >= 1.0
         line.set_delay(0.0)
-        assert min(ask(peer, b"?") for _ in range(20)) < 0.1
+        assert min(ask(peer, b"?") for _ in range(20)) < 1.0
 
 
-def test_a_delay_is_no_limit_of_throughput(echo: str) -> None:
-    """32 MiB are under way at once: they would take 50 s if one 64 KiB had to arrive before the next."""
-    size = 32 * 1024 * 1024
-    with DelayLine(echo, 0.05) as line, connect(line) as peer:
-
-        def send() -> None:
-            peer.sendall(bytes(size))
-            peer.shutdown(socket.SHUT_WR)
-
-        sender = threading.Thread(target=send)
-        started = time.monotonic()
-        sender.start()
-        received = 0
-        while data := peer.recv(1024 * 1024):
-            received += len(data)
-        sender.join()
-        assert received == size
-        assert time.monotonic() - started < 25
+def test_a_delay_is_no_limit_of_what_is_under_way(echo: str) -> None:
+    """More than the kernel's buffers hold is sent before anything has arrived."""
+    with DelayLine(echo) as line, connect(line) as peer:
+        ask(peer, b"there?")
+        line.set_delay(1000.0)
+        for _ in range(64):
+            peer.sendall(bytes(1024 * 1024))
+        peer.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            peer.recv(1)
 
 
 def test_what_was_under_way_when_it_was_cut_arrives_when_it_is_restored(echo: str) -> None:
