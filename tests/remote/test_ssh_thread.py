@@ -432,7 +432,7 @@ async def reaches(path: Path, question: bytes = b"there?") -> bool:
     with trio.fail_after(PATIENCE):
         while True:
             async with await connected(path) as stream:
-                with trio.move_on_after(5):
+                with trio.move_on_after(PATIENCE / 3):
                     try:
                         await stream.send_all(question)
                         if await exactly(stream, len(question)) == question:
