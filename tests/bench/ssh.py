@@ -13,14 +13,14 @@ CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 
 def command(key: Path, port: int, script: str) -> list[str]:
     """Root's shell in the guest, whose sshd answers at ``port`` of localhost, runs ``script``."""
-    return [*_options(key, port), "root@127.0.0.1", "--", script]
+    return [*options(key, port), "root@127.0.0.1", "--", script]
 
 
 def forwarding(key: Path, port: int, *, listen: int, target: int, user: str = "root") -> list[str]:
     """``ssh -L``: ``listen`` of localhost leads to ``target`` of the localhost of the sshd at ``port``."""
     # fmt: off
     return [
-        *_options(key, port), "-N",
+        *options(key, port), "-N",
         "-o", "ExitOnForwardFailure=yes",
         "-L", f"127.0.0.1:{listen}:127.0.0.1:{target}",
         f"{user}@127.0.0.1",
@@ -46,7 +46,7 @@ def authorize(instance: Instance) -> Path:
     return key
 
 
-def _options(key: Path, port: int) -> list[str]:
+def options(key: Path, port: int) -> list[str]:
     # fmt: off
     return [
         "ssh", "-F", "/dev/null", "-T",

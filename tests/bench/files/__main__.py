@@ -166,8 +166,8 @@ def _measure_in(
                 stack.callback(peer.close)
         driver = stack.enter_context(_driver_in(instance, sizes))
         plan = Plan(chosen.rounds, chosen.workloads, peers.DATA, True, chosen.minutes * 60, chosen.patience)
-        samples, late = _take(plan, found, driver)
-        freshness = _watch(chosen, found, shared, _watcher_in(instance))
+        samples, late = take(plan, found, driver)
+        freshness = watch(chosen, found, shared, _watcher_in(instance))
         environment = {
             **program.host(find_qemu()),
             "accelerator": accelerator,
@@ -207,8 +207,8 @@ def on_host(chosen: argparse.Namespace, work: Path) -> Outcome:
         plan = Plan(
             chosen.rounds, chosen.workloads, str(work / "copies"), drop=False, limit=chosen.minutes * 60
         )
-        samples, late = _take(plan, found, driver)
-        freshness = _watch(chosen, found, work / "share", local.watcher(work))
+        samples, late = take(plan, found, driver)
+        freshness = watch(chosen, found, work / "share", local.watcher(work))
     return Outcome(found, unavailable, program.host(), sizes, samples, freshness, late)
 
 
@@ -220,7 +220,7 @@ def _sizes(chosen: argparse.Namespace, *, emulated: bool) -> trees.Sizes:
     return trees.EMULATED if small else trees.FULL
 
 
-def _take(plan: Plan, found: list[Peer], driver: Driver) -> tuple[list[Sample], bool]:
+def take(plan: Plan, found: list[Peer], driver: Driver) -> tuple[list[Sample], bool]:
     if not plan.workloads:
         return [], False
     run = Run(plan, found, driver.ask, say)
@@ -231,7 +231,7 @@ def _take(plan: Plan, found: list[Peer], driver: Driver) -> tuple[list[Sample], 
     return samples, run.out_of_time
 
 
-def _watch(chosen: argparse.Namespace, found: list[Peer], shared: Path, watcher: Watcher) -> list[Freshness]:
+def watch(chosen: argparse.Namespace, found: list[Peer], shared: Path, watcher: Watcher) -> list[Freshness]:
     """Of the peers that have the host's files."""
     if not chosen.edits:
         return []
@@ -281,7 +281,7 @@ def _report(chosen: argparse.Namespace, outcome: Outcome, started: float) -> Rep
 def main() -> int:
     chosen = parse()
     if chosen.without_vm:
-        local.enter_namespace()
+        local.enter_namespace("tests.bench.files")
     program.end_on_signals()
     started = time.time()
     try:

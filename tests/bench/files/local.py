@@ -55,8 +55,9 @@ _CLONE_NEWPID = 0x20000000  # linux/sched.h
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def enter_namespace() -> None:
+def enter_namespace(module: str) -> None:
     """Go on in namespaces of one's own: of mounts and of processes; an ordinary user needs a user namespace for that.
+    ``module`` is the program.
 
     The program starts again by unshare(1); then a child goes on, and its parent only passes signals on and
     ends as the child has.
@@ -64,7 +65,7 @@ def enter_namespace() -> None:
     if not os.environ.get(_INSIDE):
         user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
         command = ["unshare", *user, "--mount", "--propagation=private"]
-        command += [sys.executable, "-m", "tests.bench.files", *sys.argv[1:]]
+        command += [sys.executable, "-m", module, *sys.argv[1:]]
         os.execvpe(command[0], command, {**os.environ, _INSIDE: "1"})
     # Only now: the next child is the first process of the namespace, and the last.
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,0 +1,152 @@
+"""Compares agentctl's mount with sshfs where the machine is far away: through a line that holds each byte, and one sshd.
+
+    python3 -m tests.bench.attached [--round-trips MS,MS...] [--rounds N] [--only WORKLOAD] [--peers NAMES] [--edits N]
+                                    [--json FILE] [--work DIRECTORY]
+
+The mount is here as well, in a mount namespace of its own; what is measured is how much of a program's time is spent on
+waiting for the other side. Needs root, git, sshfs, openssh-client, openssh-server and openssh-sftp-server.
+
+Exit status: 0 when every sample was taken, 1 when some are missing or failed or a peer cannot be had, 2 for wrong
+arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.bench import instance as instances
+from tests.bench import program
+from tests.bench.attached import peers
+from tests.bench.attached.report import Attached, Line, dump, tables
+from tests.bench.files import __main__ as files
+from tests.bench.files import local, report, runner, trees
+from tests.bench.files.report import Report
+from tests.bench.files.runner import PeerFailed, Plan
+from tests.bench.instance import InstanceFailed
+from tests.bench.program import say
+
+WORKLOADS = (
+    "grep cold", "grep warm", "open+close", "cat cold", "find cold", "find warm", "ls -lR", "stat",
+    "git status cold", "git status warm", "cp -r cold",
+)  # fmt: skip
+"""What reads. What writes takes a round trip a call with both, since it is on the host when the call returns."""
+
+SIZES = dataclasses.replace(
+    trees.EMULATED, source=300, many=500, repository=300, big=64 * trees.MIB, stats=1000
+)
+"""A few hundred files: sshfs takes 2 to 4 round trips for each."""
+
+PROCEDURE = (
+    "both through one sshd and one line to it, which holds each byte for half of the round trip in either direction; cold: in a "
+    "mount made anew in this round, of files not looked at since; the host's own caches are warm"
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.attached", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--round-trips", default="0,20,100", metavar="MS", help="what the lines add (default 0,20,100)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="samples of each workload on each peer and line"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORKLOAD", help="wildcards; repeatable"
+    )
+    parser.add_argument("--edits", type=int, default=40, help="seen on each peer and line")
+    parser.add_argument("--peers", default="", help=f"separated by commas, of {','.join(peers.PEERS)}")
+    parser.add_argument("--minutes", type=float, default=20.0, help="begin nothing on a line after this")
+    parser.add_argument("--json", type=Path, help="where to write every sample (default: in --work)")
+    parser.add_argument("--work", type=Path, help="directory to work in (default ~/.cache/agentctl-bench)")
+    chosen = parser.parse_args(arguments)
+    chosen.names = [name for name in chosen.peers.split(",") if name] or list(peers.PEERS)
+    if unknown := [name for name in chosen.names if name not in peers.PEERS]:
+        parser.error(f"unknown peer {unknown[0]}; there are {', '.join(peers.PEERS)}")
+    try:
+        chosen.lines = [float(number) / 1000 for number in chosen.round_trips.split(",")]
+    except ValueError:
+        parser.error("--round-trips: numbers, separated by commas")
+    found = runner.select(chosen.only)
+    chosen.workloads = found if chosen.only else WORKLOADS
+    if not chosen.workloads and not chosen.edits:
+        parser.error("no workload matches --only")
+    if chosen.rounds < 1 or min(chosen.lines) < 0:
+        parser.error("--rounds must be at least 1, and --round-trips not negative")
+    return chosen
+
+
+def measure(chosen: argparse.Namespace, work: Path, round_trip: float) -> Report:
+    """Over one line."""
+    started = time.time()
+    with contextlib.ExitStack() as stack:
+        machine = peers.Machine(stack, work, round_trip)
+        found = peers.offered(stack, machine, chosen.names)
+        driver = stack.enter_context(local.driver(work, SIZES))
+        plan = Plan(
+            chosen.rounds, chosen.workloads, str(work / "copies"), drop=False, limit=chosen.minutes * 60
+        )
+        samples, late = files.take(plan, found, driver)
+        freshness = files.watch(chosen, found, work / "share", local.watcher(work))
+    bad = any(one.error for one in [*samples, *freshness]) or bool(report.disagreements(samples))
+    return report.complete(
+        Report(
+            command=["python", "-m", "tests.bench.attached", *sys.argv[1:]],
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            seconds=round(time.time() - started, 1),
+            rounds=chosen.rounds,
+            peers=[peer.name for peer in found],
+            workloads=list(chosen.workloads),
+            environment=program.host(),
+            sizes=dataclasses.asdict(SIZES),
+            procedure=PROCEDURE,
+            unavailable={},
+            complete=not bad and not late,
+            samples=samples,
+            freshness=freshness,
+        )
+    )
+
+
+def measure_all(chosen: argparse.Namespace, work: Path) -> Attached:
+    instances.require("git", "setpriv", "unshare")
+    if obstacles := [reason for name in chosen.names if (reason := peers.obstacle(name))]:
+        raise PeerFailed(obstacles[0])
+    trees.make(work / "share", chosen.names, SIZES)
+    lines = []
+    for round_trip in chosen.lines:
+        say(f"a round trip of {round_trip * 1000:g} ms")
+        lines.append(Line(round_trip, measure(chosen, work, round_trip)))
+    return Attached(lines)
+
+
+def main() -> int:
+    chosen = parse()
+    local.enter_namespace("tests.bench.attached")
+    program.end_on_signals()
+    started = time.strftime("%Y%m%d-%H%M%S")
+    try:
+        with files.directory(chosen) as work:
+            found = measure_all(chosen, work)
+            path = chosen.json or work / f"attached-{started}.json"
+            path.write_text(dump(found))
+    except (InstanceFailed, PeerFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(tables(found.lines), end="")
+    print(f"every sample: {path}")
+    return 0 if all(line.report.complete for line in found.lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

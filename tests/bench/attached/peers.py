@@ -1,0 +1,162 @@
+"""What is compared where the machine is far away: both go through one sshd, and one line to it that holds each byte.
+
+sshfs     in reverse: ``ssh machine sshfs -o passive``, and sftp-server here answers it over that connection (``sshfs`` as
+          in ``tests.bench.files.peers``)
+agentctl  the files agent there and the file server here, over a unix socket that ``ssh -L`` carries; no shared memory
+
+"There" is this kernel, in the namespaces of ``tests.bench.files.local``, and so is the sshd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Final
+
+from host_agent.fileserver.control import SharedFolder
+from tests.bench import processes, ssh
+from tests.bench.files.local import MOUNT_TIMEOUT, Here, LocalMount
+from tests.bench.files.peers import find_sftp_server, joined
+from tests.bench.files.report import OURS
+from tests.bench.files.runner import Peer, PeerFailed
+from tests.bench.ports.peers import sshd, sshd_config
+from tests.files.harness import FileServer, TrioThread
+from tests.files.service import FilesAgent
+from tests.free_ports import free_port
+
+SSHFS: Final = "sshfs"
+PEERS: Final = (OURS, SSHFS)
+
+START_TIMEOUT: Final = 20.0
+
+
+def obstacle(name: str) -> str:
+    """Why this host cannot offer the peer ``name``, in a clause; empty if it can."""
+    if not (shutil.which("ssh") and shutil.which("ssh-keygen") and sshd()):
+        return "no ssh or no sshd (openssh-client, openssh-server)"
+    if os.geteuid() == 0 and not Path("/run/sshd").is_dir():
+        return "root's sshd wants /run/sshd; another user's does not"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse cannot be opened"
+    if name == SSHFS and (find_sftp_server() is None or shutil.which("sshfs") is None):
+        return "no sshfs or no sftp-server (sshfs, openssh-sftp-server)"
+    return ""
+
+
+class Machine:
+    """An sshd, and the line to it. ``stack`` ends both."""
+
+    def __init__(self, stack: contextlib.ExitStack, work: Path, round_trip: float) -> None:
+        """``round_trip``: seconds that the line adds to one."""
+        self.work = work
+        self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentctl-bench-")))
+        self.key, host_key = ssh.new_key(self.directory / "key"), ssh.new_key(self.directory / "host-key")
+        self.port, listen = free_port(), free_port()
+        configuration = self.directory / "sshd_config"
+        configuration.write_text(sshd_config(listen, host_key, self.key.with_suffix(".pub")))
+        program = sshd()
+        assert program is not None
+        self._start(stack, [program, "-D", "-e", "-f", str(configuration)])
+        script = str(Path(__file__).with_name("delay.py"))
+        self._start(stack, [sys.executable, script, str(self.port), str(listen), str(round_trip / 2)])
+        for port in (listen, self.port):
+            _wait_until_listening(port)
+
+    def _start(self, stack: contextlib.ExitStack, command: list[str]) -> None:
+        with (self.work / "machine.log").open("ab") as log:
+            process = processes.spawn(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        stack.callback(processes.end, process)
+
+    def run(self, script: str) -> list[str]:
+        """A command that has a shell there run ``script``."""
+        return [*ssh.options(self.key, self.port), f"{getpass.getuser()}@127.0.0.1", "--", script]
+
+    def forward(self, listen: Path, target: Path) -> list[str]:
+        """A command that carries the unix socket ``listen`` to ``target`` there, until its stdin ends.
+
+        Not by ``-N``: for a connection that has no session sshd sets no TCP_NODELAY, and the second of two messages waits
+        for the answer to the first."""
+        # fmt: off
+        return [
+            *ssh.options(self.key, self.port),
+            "-o", "StreamLocalBindUnlink=yes",
+            "-L", f"{listen}:{target}",
+            f"{getpass.getuser()}@127.0.0.1", "exec cat",
+        ]
+        # fmt: on
+
+
+class FarSshfs(LocalMount):
+    def __init__(self, stack: contextlib.ExitStack, machine: Machine) -> None:
+        super().__init__(stack, machine.work, SSHFS)
+        self._machine = machine
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        server = find_sftp_server()
+        assert server is not None
+        share, point = (shlex.quote(str(path)) for path in (self._work / "share", self.point))
+        command = self._machine.run(f"exec sshfs -f :{share} {point} -o passive,allow_other")
+        stack.enter_context(joined(command, [server], self._work / "sshfs.log"))
+
+
+class FarAgentctl(LocalMount):
+    """As ``local.LocalAgentctl``: a fresh mount is a new files agent's."""
+
+    def __init__(self, stack: contextlib.ExitStack, machine: Machine) -> None:
+        self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentctl-bench-")))
+        super().__init__(stack, machine.work, OURS)
+        loop = stack.enter_context(TrioThread())
+        near, self._far = self._directory / "near.sock", self._directory / "far.sock"
+        with (machine.work / "ssh.log").open("ab") as log:
+            carrier = processes.spawn(
+                machine.forward(near, self._far), stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+        stack.callback(processes.end, carrier)
+        self._server = FileServer(loop, self._directory, near, [])
+        stack.callback(self._server.kill)
+        point = str(self.point)
+        self._server.start([SharedFolder(zlib.crc32(point.encode()), str(self._work / "share"), point)])
+
+    def calls(self) -> int:
+        """What was asked of the host so far."""
+        return self._server.states().shares[0].calls
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory)))
+        self._far.unlink(missing_ok=True)
+        agent = stack.enter_context(FilesAgent(Here(), directory, self._far, None, listening=True))
+        stack.callback(agent.kill, signal.SIGTERM)
+        try:
+            agent.start(ready=MOUNT_TIMEOUT)
+        except AssertionError as error:
+            words = agent.log.read_text(errors="replace").strip().splitlines()
+            raise PeerFailed(f"the files agent does not start: {words[-1] if words else error}") from None
+
+
+def offered(stack: contextlib.ExitStack, machine: Machine, names: list[str]) -> list[Peer]:
+    """The peers ``names``, of which this host has what they need. ``stack`` ends them."""
+    return [FarSshfs(stack, machine) if name == SSHFS else FarAgentctl(stack, machine) for name in names]
+
+
+def _wait_until_listening(port: int) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1.0).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise PeerFailed("sshd does not start") from None
+            time.sleep(0.05)
+        else:
+            return
