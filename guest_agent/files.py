@@ -22,6 +22,7 @@ import trio
 
 from guest_agent import fdstore
 from guest_agent.bulk_memory import GuestPlane, open_region
+from guest_agent.fuse.distance import Distance
 from guest_agent.fuse.host import Host
 from guest_agent.fuse.landing import Landing
 from guest_agent.fuse.mounts import Mounts
@@ -62,7 +63,7 @@ class FilesAgent:
 
     def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
         self._vm = vm
-        self._host = Host()
+        self._host = Host(distance=None if vm else Distance())
         self._plane = GuestPlane(FILES, open_region() if vm else None)
         self._lane = Lane()
         nursery.start_soon(self._lane.run)

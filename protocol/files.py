@@ -126,9 +126,11 @@ class Entry:
 
 @record
 class Removed:
-    """``above``: the attributes of the directory in which the name was, if they are promised."""
+    """``above``: the attributes of the directory in which the name was, if they are promised. ``promise``: ``NAME`` if
+    there is no such name now."""
 
     above: bytes = b""
+    promise: int = 0
 
 
 @record

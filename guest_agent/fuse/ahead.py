@@ -21,7 +21,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 MAX_UNDER_WAY: Final = 4
-"""Listings that are asked for ahead at once. The host has 6 threads for a share, which others need as well."""
+"""Listings that are asked for ahead at once. The host has 6 threads for a share, which others need as well..."""
+MOST_UNDER_WAY: Final = 64
+"""...but of a host that is far away most of them are on their way."""
 
 FEWEST: Final = 1
 MOST: Final = 64
@@ -85,9 +87,15 @@ class _Family:
 
 
 class Ahead:
-    def __init__(self, by_name: Callable[[Sequence[int]], list[int]]) -> None:
-        """``by_name`` sorts directories that are in the same one."""
+    def __init__(
+        self,
+        by_name: Callable[[Sequence[int]], list[int]],
+        scaled: Callable[[int, int], int] = lambda count, most: count,
+    ) -> None:
+        """``by_name`` sorts directories that are in the same one. ``scaled``: how many to ask for, where that is the first
+        number of a host that is near, and at most the second (``Distance.scaled``)."""
         self._sorted = by_name
+        self._scaled = scaled
         self._by_name = False
         """Whether that is how the guest goes."""
         self._families: OrderedDict[int, _Family] = OrderedDict()
@@ -101,6 +109,8 @@ class Ahead:
         self._room = 2
         self._focus = 0
         """Where the guest is, if it is walking."""
+        self._only_below = False
+        """It is not known to be, and what is beside it not worth to be listed."""
         self._last = self._last_read = 0
 
     def visited(self, node: int, *, reading: bool) -> bool:
@@ -115,7 +125,7 @@ class Ahead:
             self._come(node)
             self._room = min(2 * self._room, MOST)
             self._family_of(node).visited += 1
-            self._focus = node
+            self._walk_to(node)
             return True
         return node not in self._done and self._is_walking(node, before_read)
 
@@ -130,15 +140,30 @@ class Ahead:
             if above != read:
                 return False
         elif self._follows_another(family.children, index):
-            if family.ahead >= self._room:  # one of several walkers, for whom there was none left
+            if family.ahead >= self._scaled(
+                self._room, MOST
+            ):  # one of several walkers, for whom there was none left
                 self._room = min(2 * self._room, MOST)
             family.go_on_after(index)
         elif self._is_in_another_order(above, family, node):
             family.go_on_after(self._places[node][1])
         elif family.ahead:
             self._room = max(self._room // 2, FEWEST)
-        self._focus = node
+        self._walk_to(node)
         return True
+
+    def _walk_to(self, node: int) -> None:
+        self._focus, self._only_below = node, False
+
+    def look_below(self, node: int) -> None:
+        """The guest may be about to go below this one: to be listed ahead before it is known to, if that is cheaper than to
+        wait for it."""
+        self._focus, self._only_below = node, True
+
+    def expected(self, node: int) -> list[int]:
+        """Where the guest has not been yet, of what was asked for beside this one."""
+        above = self._places.get(node, (0, 0))[0]
+        return [child for child in self._ahead if self._places.get(child, (1, 0))[0] == above]
 
     def _follows_another(self, children: list[int], index: int) -> bool:
         """Whether the guest has been to one of those right before this one."""
@@ -189,16 +214,18 @@ class Ahead:
 
     def next(self) -> int | None:
         """The directory to ask for now, if any: ``listed`` or ``failed`` is to follow."""
-        if not self._focus or len(self._under_way) >= MAX_UNDER_WAY:
+        if not self._focus or len(self._under_way) >= self._scaled(MAX_UNDER_WAY, MOST_UNDER_WAY):
             return None
-        for family in self._near():
-            while family.ahead < self._room and (child := family.take()) is not None:
+        room = self._scaled(self._room, MOST)
+        for family in self._near(room):
+            while family.ahead < room and (child := family.take()) is not None:
                 if child not in self._done and child not in self._under_way and self._has(family, child):
                     self._go_to(child, family)
                     return child
+            room = self._room  # only next to the guest it pays to be as much ahead as the host is far away
         return None
 
-    def _near(self) -> Iterator[_Family]:
+    def _near(self, room: int) -> Iterator[_Family]:
         """In the order in which they are likely to be needed."""
         node = self._focus
         passed: set[int] = set()
@@ -206,10 +233,10 @@ class Ahead:
             passed.add(node)
             if (family := self._families.get(node)) is not None:
                 yield family
-            if (place := self._places.get(node)) is None:
+            if self._only_below or (place := self._places.get(node)) is None:
                 break
             node = place[0]
-        if len(self._ahead) < self._room:
+        if len(self._ahead) < room:
             for node in self._ahead:
                 if (family := self._families.get(node)) is not None:
                     yield family

@@ -10,9 +10,9 @@ The laws:
   the end of the session drops a file, also one that is on its way.
 - Asked for is what comes after a file in the order (``pieces.Order``) in which the guest goes through directories: as
   they are listed, until two files that are read one after the other follow each other in another order. First
-  ``FIRST`` files, and then, whenever half of what came has been read, twice as many as before, those of the
-  directories that come next included. So who reads a single file costs ``FIRST`` others, and who reads here and
-  there no more than that.
+  ``FIRST`` files, more of a host that is far away, and then, whenever half of what came has been read, twice as many as
+  before, those of the directories that come next included. So who reads a single file costs ``FIRST`` others, and who
+  reads here and there no more than that.
 - ``MAX_HELD`` bytes, ``MAX_CALLS`` messages under way, and nothing is here ``IDLE`` seconds after the last READ.
 """
 
@@ -45,7 +45,9 @@ MOST: Final = 256
 MOST_AT_FIRST: Final = 64
 """The same in another directory, once one has been read to its end."""
 FIRST_BYTES: Final = 128 << 10
-"""Bytes of the first such files together: 5 ms of virtio-serial."""
+"""Bytes of the first such files together: 5 ms of virtio-serial..."""
+MOST_FIRST_BYTES: Final = 512 << 10
+"""...and of a host that is far away: 40 ms at 100 Mbit/s."""
 MAX_RUNS: Final = 64
 """Directories that are being read, one after the other or at once."""
 NEAR: Final = 4
@@ -61,6 +63,8 @@ class Asker(Protocol):
     caller: int
 
     def ask(self, call: ReadMany) -> Ask[Given]: ...
+
+    def scaled(self, count: int, most: int) -> int: ...
 
 
 class Siblings(Protocol):
@@ -257,8 +261,8 @@ class Contents:
 
     def _next(self, pace: _Pace) -> list[int]:
         """The nodes that are to be asked for now."""
-        room = MAX_DATA if pace.window else FIRST_BYTES
-        window = min(2 * pace.window, MOST) or FIRST
+        room = MAX_DATA if pace.window else self._host.scaled(FIRST_BYTES, MOST_FIRST_BYTES)
+        window = min(2 * pace.window, MOST) or self._host.scaled(FIRST, MOST_AT_FIRST)
         nodes: list[int] = []
         for _ in range(LOOKED_AT * window):
             run = pace.run

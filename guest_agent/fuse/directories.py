@@ -8,6 +8,8 @@ The laws:
   and the kernel gives it back. Afterwards it is shown without its node ("nothing is known of it",
   fuse_direntplus_link), and whoever looks it up asks the host. What is dropped before it was given is given back here.
 - A name that a promised piece would have and has not does not exist; whether other pieces are here or not.
+- Of a name that the guest has removed the host says whether it is gone for good. That is believed for as long as nothing
+  is heard of the directory, whether anything else of it is here or not.
 - Of what the host says has changed nothing is kept. Own changes it does not tell: a name that the guest has made or
   removed, and a node that it has written to, is asked for, for as long as anything is here that was asked for before.
 - With the last lookup of a node goes the host's promise, without a word. So of a node that the kernel forgets no
@@ -37,6 +39,11 @@ MAX_MARKED: Final = 65_536
 
 MAX_KNOWN: Final = 16_384
 """Nodes of which single attributes are kept; 250 bytes each."""
+
+MAX_GONE: Final = 1024
+"""Directories in which the guest has removed names..."""
+MAX_GONE_OF_ONE: Final = 256
+"""...and so many of them in one."""
 
 MOST_SORTED: Final = 8
 """Pieces of a directory of which the names are sorted: 6,000 names, 10 ms, or 0.1 s in emulation."""
@@ -127,6 +134,8 @@ class Directories:
         """All pieces. The host numbers nodes one after the other, so each has a range of them, more or less its own."""
         self._known: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
         """Attributes that were promised of single nodes, and since when they are known, the latest last."""
+        self._gone: OrderedDict[int, set[bytes]] = OrderedDict()
+        """By directory, names that the guest has removed and that nobody has."""
         self._forgotten: set[int] = set()
         """Nodes that the kernel has forgotten: given records of them are promised no more, as of all nodes..."""
         self._forgotten_before = 0
@@ -212,6 +221,14 @@ class Directories:
         piece = None if directory is None else directory.with_position(position(name))
         return piece is not None and piece.bare
 
+    def is_leaf_of_names(self, node: int) -> bool:
+        """Whether all that is here of a directory is its names, and nothing of those below it."""
+        directory = self._directories.get(node)
+        return directory is not None and all(
+            piece.bare and self._directories.keys().isdisjoint(piece.directories)
+            for piece in directory.pieces
+        )
+
     def is_listable(self, node: int) -> bool:
         """Whether whoever begins to read the directory may read what is here."""
         return (directory := self._directories.get(node)) is not None and directory.listable
@@ -229,6 +246,8 @@ class Directories:
     def lookup(self, node: int, name: bytes) -> bytes | None:
         """What a name stands for in a directory: struct fuse_entry_out, which is thereby given; empty if there is no
         such name; None if that must be asked."""
+        if self._gone and name in self._gone.get(node, ()):
+            return b""
         directory = self._directories.get(node)
         if directory is None or name in directory.marked or len(name) > MAX_NAME:
             return None
@@ -367,11 +386,14 @@ class Directories:
         """The host says so."""
         self.touch(*changed.nodes, *changed.attributes_only, *changed.directories, *changed.parents)
         for node in (*changed.parents, *changed.directories):
+            self._gone.pop(node, None)
             self.drop(node)
 
     def name_changed(self, node: int, name: bytes, change: NameChange) -> None:
         """The guest itself has made or removed ``name`` of a directory."""
         self.touch(node)
+        if (gone := self._gone.get(node)) is not None:
+            gone.discard(name)
         if change is not NameChange.MADE:
             if change is NameChange.UNLINKED:
                 self._relinked = self._now
@@ -385,6 +407,15 @@ class Directories:
             directory.marked.add(name)
             if len(directory.marked) > MAX_MARKED:
                 self.drop(node)
+
+    def gone(self, node: int, name: bytes) -> None:
+        """The host has promised that there is no such name, of one that was ``name_changed`` with this answer."""
+        names = self._gone.setdefault(node, set())
+        self._gone.move_to_end(node)
+        if len(names) < MAX_GONE_OF_ONE:
+            names.add(name)
+        if len(self._gone) > MAX_GONE:
+            self._gone.popitem(last=False)
 
     def touch(self, *nodes: int) -> None:
         """Attributes, or the data, of these are not what they were."""
@@ -401,6 +432,7 @@ class Directories:
         """The kernel has forgotten these, and perhaps with them the host: it tells no more what changes."""
         for node in nodes:
             self._known.pop(node, None)
+            self._gone.pop(node, None)
         if self._directories:
             self._forgotten.update(nodes)
             if len(self._forgotten) > MAX_MARKED:
@@ -422,6 +454,7 @@ class Directories:
         self.drop(*self._directories)
         self._touched.clear()
         self._known.clear()
+        self._gone.clear()
 
     def _remove(self, piece: Piece, directory: _Directory) -> Iterable[int]:
         """Returns which directories have to go with it."""

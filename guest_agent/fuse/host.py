@@ -26,6 +26,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import trio
 
 from guest_agent.fuse.callers import is_dying
+from guest_agent.fuse.distance import Distance
 from guest_agent.fuse.operation import Resume, Wait
 from guest_agent.fuse.turns import Gate, Turns
 from protocol import codec
@@ -168,8 +169,10 @@ def _release(result: Result) -> None:
 class Host:
     """The host of all shares, whether it is there or not."""
 
-    def __init__(self, is_dying: Callable[[int], bool] = is_dying) -> None:
-        """``is_dying``: whether a thread, by its TID, is to be killed."""
+    def __init__(self, is_dying: Callable[[int], bool] = is_dying, distance: Distance | None = None) -> None:
+        """``is_dying``: whether a thread, by its TID, is to be killed. ``distance``: to be measured, of a host that may be
+        far away."""
+        self._distance = distance
         self.caller = 0
         """The thread whose request is being begun: it is the caller of all that is asked meanwhile. 0: none. (So
         no request pays for a table of callers, which seldom anybody looks up.)"""
@@ -211,10 +214,25 @@ class Host:
         if ask not in self._sent:
             return False
         del self._sent[ask]
+        if self._distance is not None:
+            self._distance.answered(ask)
         self._turns.end(ask)
         if self._turns.waiting:
             self._pump()
         return True
+
+    @property
+    def is_far(self) -> bool:
+        """See ``Distance``; a VM's host never is."""
+        return self._distance is not None and self._distance.is_far
+
+    @property
+    def may_be_far(self) -> bool:
+        return self._distance is not None
+
+    def scaled(self, count: int, most: int) -> int:
+        """How much is to be asked ahead, where that is ``count`` of a host that is near."""
+        return count if self._distance is None else self._distance.scaled(count, most)
 
     def gate(self, share: int) -> Gate:
         """Closed while so much of ``share`` waits that no more should be taken from the kernel."""
@@ -274,6 +292,8 @@ class Host:
         if self._link is not None:
             self._lose()
         self._link = link
+        if self._distance is not None:
+            self._distance.begin()
         self._patient = True
         self._left = trio.Event()
         self._came.set()
@@ -319,6 +339,8 @@ class Host:
     def _send(self, ask: Ask[Any]) -> None:
         assert self._link is not None
         self._sent[ask] = None
+        if self._distance is not None:
+            self._distance.sent(ask)
         try:
             self._link.call(ask.call, ask.payload, ask.on_result)
         except LinkError:

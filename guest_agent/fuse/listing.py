@@ -19,6 +19,10 @@ Whoever reads a directory is given names. Nodes and attributes of files, which c
 with the first name that is looked up in it (find(1) wants none, ls(1) all of them): then that directory is listed once
 more, and from then on all of them whole, until nobody has read one for ``WHOLE``.
 
+Of a host that is far away (``distance``) more is listed ahead, and sooner: what is below a directory that is read, with
+its answer; what is at the root, with the session (``look_around``); and the first name that is looked up brings what
+was listed ahead beside its directory whole, too.
+
 Who needs what is asked for already waits for that (``_Coming``), unless it gets a signal: then it asks for itself, so
 that it can be let go like any other (``host``).
 """
@@ -29,15 +33,28 @@ import errno
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from guest_agent.fuse.ahead import Ahead, Interest
 from guest_agent.fuse.arrival import Arrival
 from guest_agent.fuse.directories import Directories
 from guest_agent.fuse.host import Ask
-from guest_agent.fuse.operation import Resume, Wait, start
+from guest_agent.fuse.operation import Resume, Wait, spawn, start
 from guest_agent.fuse.pieces import Piece
-from protocol.files import ATTR, DIRENT, ENTRY, NAME, ListEntries, Listing
+from protocol.files import (
+    ATTR,
+    ATTRIBUTES,
+    DIRENT,
+    ENTRY,
+    NAME,
+    ROOT,
+    FileCall,
+    GetAttributes,
+    ListEntries,
+    Listing,
+)
+
+ResultT = TypeVar("ResultT")
 
 WHOLE: Final = 2.0
 """Seconds after somebody wanted more than names of a directory."""
@@ -71,7 +88,12 @@ class Asker(Protocol):
 
     caller: int
 
-    def ask(self, call: ListEntries) -> Ask[Listing]: ...
+    @property
+    def is_far(self) -> bool: ...
+
+    def ask(self, call: FileCall[ResultT]) -> Ask[ResultT]: ...
+
+    def scaled(self, count: int, most: int) -> int: ...
 
 
 class Mount(Protocol):
@@ -131,7 +153,7 @@ class Listings:
         self.directories = Directories(self._give_back, mount.doubtful)
         self._coming: dict[int, _Coming] = {}
         """By directory; of one that was asked for twice at a time, the first."""
-        self._ahead = Ahead(self.directories.sorted_by_name)
+        self._ahead = Ahead(self.directories.sorted_by_name, host.scaled)
         self._interest = Interest()
         self._clock = clock
         self._whole_until = 0.0
@@ -183,6 +205,7 @@ class Listings:
         if (is_wanted or is_next) and node not in self._coming and self._mount.is_alone:
             self._whole_until = self._clock() + WHOLE
             self._list_ahead(node, self.directories.gap(node, name))
+            self._go_on_with_the_others(node)
             return is_next
         return False
 
@@ -190,6 +213,31 @@ class Listings:
         """The caller of request ``unique`` has had a signal."""
         for coming in self._coming.values():
             coming.leave(unique)
+
+    def look_around(self) -> None:
+        """A session has begun: bring what any path leads through, of a host that turns out to be far away."""
+        spawn(self._look_around())
+
+    async def _look_around(self) -> None:
+        try:
+            await self._learn_root()
+            if self._host.is_far and self._mount.is_alone and ROOT not in self.directories:
+                self._ahead.look_below(ROOT)
+                self._list_ahead(ROOT, 0, bare=True)
+                await self._learn_root()  # which is promised now that it is watched
+        except OSError:
+            pass
+
+    async def _learn_root(self) -> None:
+        asked = self.directories.begin()
+        try:
+            attributes = await self._host.ask(
+                GetAttributes(self._mount.share, next(self._mount.uniques), ROOT)
+            )
+            if attributes.promise & ATTRIBUTES and self._mount.is_alone:
+                self.directories.learn(ROOT, attributes.attr, asked)
+        finally:
+            self.directories.end()
 
     # --- what changes ----------------------------------------------------------------------------------
 
@@ -232,6 +280,8 @@ class Listings:
         if found is None:
             piece = await self._fetch(unique, node, after, bare=self._is_bare())
             if piece.promised:
+                if not after and self._host.is_far:
+                    self._ahead.look_below(node)
                 self._go_ahead()
             return piece, 0
         return found
@@ -294,6 +344,14 @@ class Listings:
                 self._ahead.failed(node)
             else:
                 self._list_ahead(node, 0, bare=self._is_bare())
+
+    def _go_on_with_the_others(self, wanted: int) -> None:
+        """Somebody wants more than names, and will of what was listed ahead, too. (Not where something below is here,
+        which would be lost.)"""
+        if self._host.is_far:
+            for node in self._ahead.expected(wanted):
+                if node not in self._coming and self.directories.is_leaf_of_names(node):
+                    self._list_ahead(node, 0)
 
     def _list_ahead(self, node: int, after: int, *, bare: bool = False) -> None:
         start(self._fetch_ahead(node, after, bare), _Nobody(), 0)

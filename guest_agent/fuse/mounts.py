@@ -220,6 +220,9 @@ class Mounts:
                     result[one] = await self._bring(wanted[one], kept_trees.get(one), kept - moved)
             reports += [result[place(share)] for share in shares]
             done.set()
+            for share in shares:
+                for volume in self._volumes.get(share.id, ()):
+                    volume.look_around()
 
     async def unmount_all(self) -> None:
         """An orderly end. The outermost go first and take those below along, so that no path is walked that

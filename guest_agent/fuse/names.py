@@ -107,7 +107,7 @@ async def _made(volume: Volume, call: FileCall[Entry], directory: int, name: byt
 async def unlink(volume: Volume, request: Request) -> bytes:
     name = bodies.parse_name(request.body)
     removed = await volume.host.ask(Unlink(volume.share, request.unique ^ volume.salt, request.nodeid, name))
-    volume.name_changed(request.nodeid, name, removed.above, NameChange.UNLINKED)
+    volume.name_removed(request.nodeid, name, removed, NameChange.UNLINKED)
     return b""
 
 
@@ -115,7 +115,7 @@ async def rmdir(volume: Volume, request: Request) -> bytes:
     name = bodies.parse_name(request.body)
     call = RemoveDirectory(volume.share, request.unique ^ volume.salt, request.nodeid, name)
     removed = await volume.host.ask(call)
-    volume.name_changed(request.nodeid, name, removed.above, NameChange.MOVED)
+    volume.name_removed(request.nodeid, name, removed, NameChange.MOVED)
     return b""
 
 

@@ -44,7 +44,7 @@ from guest_agent.fuse.readahead import Readahead
 from guest_agent.fuse.renewals import Known, Renewals
 from guest_agent.fuse.xattrs import Xattrs
 from protocol.errors import RemoteProtocolError
-from protocol.files import ATTRIBUTES, EMPTY, NAME, Changed, Entry, FileCall, Renamed, Renewed
+from protocol.files import ATTRIBUTES, EMPTY, NAME, Changed, Entry, FileCall, Removed, Renamed, Renewed
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +237,11 @@ class Volume:
         """One lookup of each will not be used."""
         self.forgets.add_all(nodes)
 
+    def look_around(self) -> None:
+        """A session has begun."""
+        if self.host.may_be_far:
+            self.listings.look_around()
+
     def void(self) -> None:
         """The session has ended, and with it all that was promised in it."""
         self.listings.void()
@@ -336,6 +341,13 @@ class Volume:
             self.listings.directories.know(directory, above)
         if not self.is_alone:
             self._tell_others(Changed(self.share, [directory], [name], directories=[directory], above=[0]))
+
+    def name_removed(self, directory: int, name: bytes, removed: Removed, change: NameChange) -> None:
+        """The same with the host's answer: the next who looks for that name (a lock file is made again and again)
+        need not ask for it."""
+        self.name_changed(directory, name, removed.above, change)
+        if removed.promise & NAME and self.is_alone:
+            self.listings.directories.gone(directory, name)
 
     def renamed(self, old: tuple[int, bytes], new: tuple[int, bytes], outcome: Renamed) -> None:
         """The same of a rename: directories and names."""

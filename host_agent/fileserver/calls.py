@@ -70,6 +70,7 @@ _PROMISED: Final = {
         (Entry, NAME | ATTRIBUTES | EMPTY),
         (Attributes, ATTRIBUTES),
         (Renamed, NAME),
+        (Removed, NAME),
         (Listing, NAME),
     )
 }

@@ -290,7 +290,18 @@ class NameOperations:
                 self._changed(directory, promise, node)
                 self._reach.removed(directory, call.name)
                 self._has_other_names(node)
-        return Outcome(Removed(), promise=promise)
+                gone = promise is not None and self._is_absent(directory, call.name)
+        return Outcome(Removed(), promise=promise if gone else None)
+
+    def _is_absent(self, directory: Node, name: bytes) -> bool:
+        """Whether what the guest has just removed still is: a program of the host may have made another meanwhile."""
+        try:
+            linux.statx(directory.descriptor, name)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def _changed(self, directory: Node, promise: Promise | None, node: Node | None = None) -> None:
         """The guest has made or removed a name in the directory, of ``node`` if that is known. Its kernel asks for the

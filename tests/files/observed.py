@@ -1,10 +1,12 @@
 """An agent of the files plane, the real one, that says on SIGUSR1 how its memory is used.
 
-    python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] [--lose N] [--listen] SAY MODULE [ARGUMENT ...]
+    python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] [--lose N] [--listen] [--attached]
+                                    SAY MODULE [ARGUMENT ...]
 
 ``SAY`` is the file that it says it in (``memory.Use``). ``PATH`` has the guest's file from byte ``OFFSET`` on, instead
 of /dev/pmem0. ``SECONDS``: how long the guest waits for an absent host; that it is gone is noticed sooner, then.
 With ``--listen`` the guest does not connect to its socket, but is who is connected to: nothing is between the two then.
+With ``--attached`` it is on a machine that is no VM.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs=2)
     parser.add_argument("--lose", type=int)
     parser.add_argument("--listen", action="store_true")
+    parser.add_argument("--attached", action="store_true")
     parser.add_argument("say", type=Path)
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -48,6 +51,8 @@ def main() -> None:
         _lose(options.lose)
     if options.listen:
         _listen()
+    if options.attached:
+        _attach()
     sys.argv[1:] = options.arguments
     runpy.run_module(options.module, run_name="__main__", alter_sys=True)
 
@@ -117,6 +122,17 @@ def _listen() -> None:
         return SocketPort(trio.SocketStream(host))
 
     transports.open_unix = accept_unix
+
+
+def _attach() -> None:
+    from guest_agent import transports
+
+    run_agent = transports.run_agent
+
+    def run_off_the_vm(arguments: Any, module: str, port: Path, run: Any) -> int:
+        return run_agent(arguments, module, port, functools.partial(run, vm=False))
+
+    transports.run_agent = run_off_the_vm
 
 
 def _be_impatient(seconds: float) -> None:

@@ -119,8 +119,11 @@ class FilesAgent:
         memory: Memory | None = None,
         losing: int | None = None,
         listening: bool = False,
+        attached: bool = False,
     ) -> None:
-        """``listening``: on its socket, for the host to connect to."""
+        """``listening``: on its socket, for the host to connect to. ``attached``: it is on a machine that is no VM, and
+        never says that it is ready."""
+        self._attached = attached
         self._namespace = namespace
         self._losing = losing
         self._listening = listening
@@ -184,6 +187,8 @@ class FilesAgent:
             options += ["--lose", str(self._losing)]
         if self._listening:
             options.append("--listen")
+        if self._attached:
+            options.append("--attached")
         if options:
             return ["-m", "tests.files.observed", *options, str(self._says), *arguments]
         return ["-m", *arguments]

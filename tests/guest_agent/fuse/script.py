@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guest_agent.fuse.abi import Request
+from guest_agent.fuse.distance import Distance
 from guest_agent.fuse.filesystem import Filesystem
 from guest_agent.fuse.host import Host
 from guest_agent.fuse.notifier import NotifierFull
@@ -117,11 +118,29 @@ class ScriptedTimers:
         return seconds
 
 
+class Away(Distance):
+    """Of a host that is so many seconds away."""
+
+    def __init__(self, round_trip: float) -> None:
+        super().__init__()
+        self.round_trip = round_trip
+
+    def answered(self, call: object) -> None:
+        """However long it took."""
+
+
 class Script:
-    """One share's file system between its players. ``link`` is None while the host is away."""
+    """One share's file system between its players. ``link`` is None while the host is away. ``round_trip``: seconds, of a
+    host that may be far."""
 
     def __init__(
-        self, *, salt: int = 0, host_locks: bool = False, connected: bool = True, inherited: bool = False
+        self,
+        *,
+        salt: int = 0,
+        host_locks: bool = False,
+        connected: bool = True,
+        inherited: bool = False,
+        round_trip: float | None = None,
     ) -> None:
         self.kernel = ScriptedKernel()
         self.notifier = ScriptedNotifier(self.kernel)
@@ -130,7 +149,8 @@ class Script:
         """Threads that are to be killed."""
         self.runs: dict[int, int] = {}
         """How often threads have been given a processor, where that is known."""
-        self.host = Host(lambda thread: thread in self.dying)
+        distance = None if round_trip is None else Away(round_trip)
+        self.host = Host(lambda thread: thread in self.dying, distance)
         self.link = ScriptedLink()
         if connected:
             self.host.attach(self.link)

@@ -10,6 +10,7 @@ import pytest
 
 from guest_agent.fuse import ahead
 from guest_agent.fuse.ahead import FEW, MAX_UNDER_WAY, MOST, Ahead, Interest
+from guest_agent.fuse.distance import Distance
 
 Tree = dict[int, list[int]]
 
@@ -174,6 +175,51 @@ def test_one_that_was_moved_is_ahead_of_the_guest_only_once() -> None:
     one.listed(4, [], first=True)
     one.visited(4, reading=False)
     assert one._families[1].ahead == one._families[9].ahead == 0
+
+
+def far(round_trip: float) -> Ahead:
+    distance = Distance()
+    distance.round_trip = round_trip
+    return Ahead(sorted, distance.scaled)
+
+
+def all_of(one: Ahead) -> list[int]:
+    asked = []
+    while (node := one.next()) is not None:
+        asked.append(node)
+    return asked
+
+
+def test_of_a_host_that_is_far_away_more_is_on_its_way() -> None:
+    for round_trip, most in ((0.001, 2), (0.02, 8), (0.1, 40)):
+        one = far(round_trip)
+        one.listed(1, list(range(2, 100)), first=True)
+        one.visited(2, reading=True)
+        one.visited(3, reading=True)
+        assert len(all_of(one)) == most
+
+
+def test_what_is_below_may_be_listed_before_the_guest_is_known_to_walk() -> None:
+    one = far(0.1)
+    one.listed(1, [2, 3], first=True)
+    one.listed(2, [4, 5], first=True)
+    one.visited(2, reading=True)
+    one.look_below(2)
+    assert all_of(one) == [4, 5], "and nothing that is beside it"
+    one.visited(4, reading=True)
+    assert all_of(one) == [3]
+
+
+def test_what_is_expected_beside_a_directory() -> None:
+    one = far(0.1)
+    one.listed(1, [2, 3, 4], first=True)
+    one.listed(2, [5], first=True)
+    one.look_below(1)
+    assert sorted(all_of(one)) == [2, 3, 4, 5]
+    assert one.expected(3) == [2, 3, 4]
+    one.visited(2, reading=True)
+    assert one.expected(3) == [3, 4]
+    assert one.expected(9) == []
 
 
 def test_whoever_walks_wants_all_of_the_next_one() -> None:

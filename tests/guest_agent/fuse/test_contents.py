@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 
 from guest_agent.fuse import contents
-from guest_agent.fuse.contents import FIRST, FIRST_BYTES, IDLE, MAX_CALLS, Contents
+from guest_agent.fuse.contents import (
+    FIRST,
+    FIRST_BYTES,
+    IDLE,
+    MAX_CALLS,
+    MOST_AT_FIRST,
+    MOST_FIRST_BYTES,
+    Contents,
+)
 from guest_agent.fuse.host import Host
 from guest_agent.fuse.operation import spawn
 from guest_agent.fuse.pieces import Order
 from protocol.files import MAX_CONTENT, MAX_DATA
 from protocol.files import Contents as Given
-from tests.guest_agent.fuse.script import Asked, ScriptedLink, ScriptedTimers
+from tests.guest_agent.fuse.script import Asked, Away, ScriptedLink, ScriptedTimers
 
 DIRECTORY = 5
 
@@ -24,13 +32,15 @@ class Reader:
     """Directories with files, of which somebody reads some. Nodes from 100 on, in the order of the listing; by inode number
     it is the other way round, and by name those that end in 0 come first, then those in 1."""
 
-    def __init__(self, files: int = 1000, size: int = 10, directories: int = 1) -> None:
+    def __init__(
+        self, files: int = 1000, size: int = 10, directories: int = 1, round_trip: float = 0.0
+    ) -> None:
         self.sizes = dict.fromkeys(range(100, 100 + files), size)
         self.each = files // directories
         self.unlisted: set[int] = set()
         self.uniques = count(2, 2)
         self.link = ScriptedLink()
-        host = Host(lambda thread: False)
+        host = Host(lambda thread: False, Away(round_trip))
         host.attach(self.link)
         self.timers = ScriptedTimers()
         self.contents = Contents(host, 7, self, self.timers, count(1))  # type: ignore[arg-type]
@@ -190,6 +200,16 @@ def test_the_first_ones_have_little_room_and_others_more() -> None:
         while it.link.asked:
             it.answer()
     assert most == MAX_DATA // (FIRST_BYTES // 2)
+
+
+@pytest.mark.parametrize(("round_trip", "files"), [(0.004, FIRST), (0.02, 4 * FIRST), (0.5, MOST_AT_FIRST)])
+def test_of_a_host_that_is_far_away_more_is_asked_for_at_first(round_trip: float, files: int) -> None:
+    it = Reader(round_trip=round_trip)
+    it.read(100)
+    assert it.asked() == [list(range(101, 101 + files))]
+    it = Reader(size=MOST_FIRST_BYTES // 5, round_trip=0.5)
+    it.read(100)
+    assert it.asked() == [[101, 102, 103, 104, 105]], "but not of large ones"
 
 
 def test_who_reads_here_and_there_costs_no_more_than_the_first() -> None:

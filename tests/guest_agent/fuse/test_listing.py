@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +11,27 @@ from hypothesis import strategies as st
 
 from guest_agent.fuse import bodies, directories, listing
 from guest_agent.fuse.abi import Opcode
+from guest_agent.fuse.directories import NameChange
+from guest_agent.fuse.volume import Volume
 from protocol.files import ATTRIBUTES as PROMISED_ATTRIBUTES
-from protocol.files import NAME, Attributes, Changed, Entry, FileCall, Forget, ListEntries, Listing, Lookup
+from protocol.files import (
+    NAME,
+    ROOT,
+    Attributes,
+    Changed,
+    Entry,
+    FileCall,
+    Forget,
+    GetAttributes,
+    ListEntries,
+    Listing,
+    Lookup,
+    Removed,
+    Renamed,
+)
 from tests.guest_agent.fuse.entries import DIRECTORY, Name, Shown, numbered, piece_of, placed, shown
 from tests.guest_agent.fuse.script import ATTRIBUTES, Asked, Script, failed, pack, replied
+from tests.guest_agent.fuse.test_volume import DIRECTORY as FOLDER
 
 D = 5
 DOTS = [Shown(b".", 1, 0), Shown(b"..", 2, 0)]
@@ -741,6 +758,152 @@ def test_a_directory_that_cannot_be_listed_again_is_asked_by_name() -> None:
     it.script.take().fail(13)
     uniques += [look_up(it.script, b"name-%d" % number) for number in (2, 3)]
     assert [asked.call.unique for asked in calls(it.script, Lookup)] == uniques  # type: ignore[attr-defined]
+
+
+# --- a host that is far away -------------------------------------------------------------------------
+
+
+def answer_some(script: Script, below: dict[int, list[Name]]) -> list[tuple[int, bool]]:
+    """All that is asked now, but not what is asked then: which directories, and whether names alone."""
+    listed = []
+    for asked in list(script.link.asked):
+        script.link.asked.remove(asked)
+        call: Any = asked.call
+        if isinstance(call, ListEntries):
+            listed.append((call.node, call.bare))
+            names = [
+                name if name.kind == DIRECTORY or not call.bare else Name(name.name)
+                for name in below.get(call.node, [])
+            ]
+            asked.answer(*piece_of(placed(names), call.after))
+        elif isinstance(call, GetAttributes):
+            asked.answer(Attributes(FOLDER, promise=PROMISED_ATTRIBUTES))
+        else:
+            asked.fail(2)
+    return listed
+
+
+BELOW = {
+    ROOT: [Name(b"a", 2, DIRECTORY), Name(b"b", 3, DIRECTORY)],
+    2: [Name(b"c", 4, DIRECTORY), Name(b"f", 9)],
+    3: numbered(3, 300),
+    4: numbered(3, 400),
+}
+
+
+def test_what_a_path_leads_through_comes_with_the_session() -> None:
+    script = Script(round_trip=0.1)
+    script.volume.look_around()
+    assert [type(asked.call) for asked in script.link.asked] == [GetAttributes]
+    answer_some(script, BELOW)
+    assert answer_some(script, BELOW) == [(ROOT, True)]
+    assert answer_some(script, BELOW) == [(2, True), (3, True)]
+    assert answer_some(script, BELOW) == [(4, True)]
+    unique = look_up(script, b"a", ROOT)
+    assert script.answers[-1][:2] == ("reply", unique)
+    unique = script.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), ROOT)
+    assert script.answers[-1][:2] == ("reply", unique)
+    assert not script.link.asked
+
+
+def test_of_a_host_that_is_near_only_its_distance_is_measured() -> None:
+    script = Script(round_trip=0.001)
+    script.volume.look_around()
+    answer_some(script, BELOW)
+    assert not script.link.asked
+    script = Script()
+    script.volume.look_around()
+    assert not script.link.asked, "and of one that cannot be far not even that"
+
+
+def test_a_host_that_goes_while_it_is_looked_at_is_nobodys_trouble() -> None:
+    script = Script(round_trip=0.1)
+    script.volume.look_around()
+    script.take().fail(5)
+    assert not script.link.asked
+
+
+def test_with_a_directory_comes_what_is_below_it() -> None:
+    script = Script(round_trip=0.1)
+    ask(script, 0, node=ROOT)
+    assert answer_some(script, BELOW) == [(ROOT, True)]
+    assert answer_some(script, BELOW) == [(2, True), (3, True)]
+
+
+def test_the_first_name_that_is_looked_up_brings_those_beside_it_whole() -> None:
+    script = Script(round_trip=0.1)
+    below = {ROOT: [Name(b"d%d" % node, node, DIRECTORY) for node in range(2, 6)]}
+    below.update({node: numbered(3, 100 * node) for node in range(2, 6)})
+    ask(script, 0, node=ROOT)
+    answer_some(script, below)
+    answer_some(script, below)
+    ask(script, 0, node=2)
+    unique = look_up(script, b"name-1", 2)
+    assert sorted(answer_some(script, below)) == [(node, False) for node in range(2, 6)]
+    assert script.answers[-1] == ("reply", unique, below[2][1].entry)
+    look_up(script, b"name-1", 3)
+    assert not script.link.asked
+
+
+# --- names that the guest has removed ----------------------------------------------------------------
+
+
+def removed(script: Script, promise: int = NAME) -> None:
+    script.request(Opcode.UNLINK, b"lock\0", D)
+    script.take().answer(Removed(promise=promise))
+    script.answers  # noqa: B018  (what was said so far)
+
+
+def test_that_it_is_gone_the_host_need_not_be_asked() -> None:
+    script = Script()
+    removed(script)
+    unique = look_up(script, b"lock")
+    assert script.answers == replied(unique, bodies.ABSENT)
+    look_up(script, b"other")
+    assert len(calls(script, Lookup)) == 1
+
+
+REMADE: dict[str, Callable[[Script], object]] = {
+    "made again": lambda script: script.volume.name_changed(D, b"lock", b"", NameChange.MADE),
+    "renamed to": lambda script: script.volume.renamed((D, b"x"), (D, b"lock"), Renamed(9)),
+    "news of the name": lambda script: script.volume.take_back(Changed(7, [D], [b"lock"])),
+    "news of the directory": lambda script: script.volume.take_back(Changed(7, directories=[D], above=[0])),
+    "the directory is forgotten": lambda script: script.request(Opcode.FORGET, pack("Q", 1), D),
+    "the session ends": lambda script: script.volume.void(),
+}
+
+
+@pytest.mark.parametrize("change", REMADE.values(), ids=REMADE)
+def test_until_that_may_not_be_so(change: Callable[[Script], object]) -> None:
+    script = Script()
+    removed(script)
+    change(script)
+    script.answers  # noqa: B018  (what was said so far)
+    look_up(script, b"lock")
+    assert len(calls(script, Lookup)) == 1
+
+
+def test_it_is_not_believed_without_a_promise_or_of_two_mounts() -> None:
+    script = Script()
+    removed(script, promise=0)
+    look_up(script, b"lock")
+    assert len(calls(script, Lookup)) == 1
+    script = Script()
+    removed(script)
+    Volume(7, script.host, script.notifier, script.timers, salt=1, volumes=script.volumes)  # type: ignore[arg-type]
+    look_up(script, b"lock")
+    assert len(calls(script, Lookup)) == 1
+
+
+def test_what_is_remembered_of_them_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directories, "MAX_GONE", 3)
+    monkeypatch.setattr(directories, "MAX_GONE_OF_ONE", 2)
+    known = Script().volume.listings.directories
+    for node in range(10, 15):
+        for name in b"a", b"b", b"c":
+            known.gone(node, name)
+    assert [known.lookup(node, b"a") for node in range(10, 15)] == [None, None, b"", b"", b""]
+    assert [known.lookup(14, name) for name in (b"b", b"c")] == [b"", None]
 
 
 # --- what the kernel keeps of it ---------------------------------------------------------------------

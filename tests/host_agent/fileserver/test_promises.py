@@ -410,7 +410,36 @@ async def test_the_directory_s_attributes_are_in_the_answer_if_they_stand(
         heard = Heard(guest)
         await until(lambda: (ROOT, b"new") in heard.names())
         gate.open()
-        assert (await kernel.finish(pending)).value == [b""]
+        assert (await kernel.finish(pending)).value == [b"", 0]
+
+
+async def test_that_a_name_is_gone_is_promised(place: Path) -> None:
+    async with connected(place) as guest:
+        kernel = guest.kernel
+        for make, remove in ((Path.touch, Unlink), (Path.mkdir, RemoveDirectory)):
+            make(guest.root / "lock")
+            call = remove(SHARE, kernel.unique(), ROOT, b"lock")
+            first, again = await kernel.ask(call), await kernel.ask(call)
+            assert (first.promise, again.promise) == (NAME, 0)
+        heard = Heard(guest)
+        elsewhere(guest.root, "touch lock")
+        await until(lambda: (ROOT, b"lock") in heard.names())
+
+
+async def test_it_is_not_if_somebody_has_made_another(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, before anybody has looked."""
+    removed = os.unlink
+
+    def overtaken(name: bytes, *, dir_fd: int) -> None:
+        removed(name, dir_fd=dir_fd)
+        os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
+
+    async with connected(place) as guest:
+        (guest.root / "lock").touch()
+        monkeypatch.setattr("host_agent.fileserver.names.os.unlink", overtaken)
+        gone = await guest.kernel.ask(Unlink(SHARE, guest.kernel.unique(), ROOT, b"lock"))
+        monkeypatch.undo()
+        assert gone.promise == 0
 
 
 async def test_a_name_that_is_not_there_is_enoent_if_it_cannot_be_promised(
