@@ -92,8 +92,8 @@ class Ahead:
         by_name: Callable[[Sequence[int]], list[int]],
         scaled: Callable[[int, int], int] = lambda count, most: count,
     ) -> None:
-        """``by_name`` sorts directories that are in the same one. ``scaled``: how many to ask for, where that is the first
-        number of a host that is near, and at most the second (``Distance.scaled``)."""
+        """``by_name`` sorts directories that are in the same one. ``scaled``: how many to ask for, where that is the
+        first number of a host that is near, and at most the second (``Distance.scaled``)."""
         self._sorted = by_name
         self._scaled = scaled
         self._by_name = False
@@ -156,8 +156,8 @@ class Ahead:
         self._focus, self._only_below = node, False
 
     def look_below(self, node: int) -> None:
-        """The guest may be about to go below this one: to be listed ahead before it is known to, if that is cheaper than to
-        wait for it."""
+        """The guest may be about to go below this one: to be listed ahead before it is known to, if that is cheaper
+        than to wait for it."""
         self._focus, self._only_below = node, True
 
     def expected(self, node: int) -> list[int]:

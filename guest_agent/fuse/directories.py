@@ -8,8 +8,8 @@ The laws:
   and the kernel gives it back. Afterwards it is shown without its node ("nothing is known of it",
   fuse_direntplus_link), and whoever looks it up asks the host. What is dropped before it was given is given back here.
 - A name that a promised piece would have and has not does not exist; whether other pieces are here or not.
-- Of a name that the guest has removed the host says whether it is gone for good. That is believed for as long as nothing
-  is heard of the directory, whether anything else of it is here or not.
+- Of a name that the guest has removed the host says whether it is gone for good. That is believed for as long as
+  nothing is heard of the directory, whether anything else of it is here or not.
 - Of what the host says has changed nothing is kept. Own changes it does not tell: a name that the guest has made or
   removed, and a node that it has written to, is asked for, for as long as anything is here that was asked for before.
 - With the last lookup of a node goes the host's promise, without a word. So of a node that the kernel forgets no

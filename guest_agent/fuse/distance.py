@@ -1,10 +1,10 @@
 """How far away the host is, and how much is therefore to be under way.
 
-In a VM an answer takes a fraction of a millisecond, and what comes ahead of a program only has to keep pace with it. Over
-SSH it may take 100 ms, in which nothing else happens; so as much more is asked ahead as the answer takes longer.
+In a VM an answer takes a fraction of a millisecond, and what comes ahead of a program only has to keep pace with it.
+Over SSH it may take 100 ms, in which nothing else happens; so as much more is asked ahead as the answer takes longer.
 
-The law: what counts is the least of the last ``SAMPLES`` round trips, for a busy host, a large answer or a disk is not a long
-way. One call is timed at a time. Sans-IO.
+The law: what counts is the least of the last ``SAMPLES`` round trips, for a busy host, a large answer or a disk is no
+long way. One call is timed at a time. Sans-IO.
 """
 
 from __future__ import annotations

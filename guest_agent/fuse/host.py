@@ -170,8 +170,8 @@ class Host:
     """The host of all shares, whether it is there or not."""
 
     def __init__(self, is_dying: Callable[[int], bool] = is_dying, distance: Distance | None = None) -> None:
-        """``is_dying``: whether a thread, by its TID, is to be killed. ``distance``: to be measured, of a host that may be
-        far away."""
+        """``is_dying``: whether a thread, by its TID, is to be killed. ``distance``: to be measured, of a host that may
+        be far away."""
         self._distance = distance
         self.caller = 0
         """The thread whose request is being begun: it is the caller of all that is asked meanwhile. 0: none. (So
