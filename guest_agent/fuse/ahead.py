@@ -160,10 +160,12 @@ class Ahead:
         than to wait for it."""
         self._focus, self._only_below = node, True
 
-    def expected(self, node: int) -> list[int]:
-        """Where the guest has not been yet, of what was asked for beside this one."""
-        above = self._places.get(node, (0, 0))[0]
-        return [child for child in self._ahead if self._places.get(child, (1, 0))[0] == above]
+    def following(self, node: int) -> list[int]:
+        """Those after this one, beside it, as many as may be listed ahead; whether they were or not."""
+        if (place := self._places.get(node)) is None:
+            return []
+        after = place[1] + 1
+        return self._families[place[0]].children[after : after + self._scaled(self._room, MOST)]
 
     def _follows_another(self, children: list[int], index: int) -> bool:
         """Whether the guest has been to one of those right before this one."""

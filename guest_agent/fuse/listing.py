@@ -20,8 +20,8 @@ with the first name that is looked up in it (find(1) wants none, ls(1) all of th
 more, and from then on all of them whole, until nobody has read one for ``WHOLE``.
 
 Of a host that is far away (``distance``) more is listed ahead, and sooner: what is below a directory that is read, with
-its answer; what is at the root, with the session (``look_around``); and the first name that is looked up brings what
-was listed ahead beside its directory whole, too.
+its answer; what is at the root, with the session (``look_around``); and with the first name that is looked up come the
+directories after this one whole, too, of which only names are here.
 
 Who needs what is asked for already waits for that (``_Coming``), unless it gets a signal: then it asks for itself, so
 that it can be let go like any other (``host``).
@@ -346,10 +346,10 @@ class Listings:
                 self._list_ahead(node, 0, bare=self._is_bare())
 
     def _go_on_with_the_others(self, wanted: int) -> None:
-        """Somebody wants more than names, and will of what was listed ahead, too. (Not where something below is here,
-        which would be lost.)"""
+        """Somebody wants more than names, and will in those that follow, too. (Not where something below is here, which
+        would be lost.)"""
         if self._host.is_far:
-            for node in self._ahead.expected(wanted):
+            for node in self._ahead.following(wanted):
                 if node not in self._coming and self.directories.is_leaf_of_names(node):
                     self._list_ahead(node, 0)
 

@@ -38,7 +38,7 @@ WORKLOADS = (
 """What reads. What writes takes a round trip a call with both, since it is on the host when the call returns."""
 
 SIZES = dataclasses.replace(
-    trees.EMULATED, source=300, many=500, repository=300, big=64 * trees.MIB, stats=1000
+    trees.EMULATED, source=200, many=500, repository=200, big=64 * trees.MIB, stats=1000
 )
 """A few hundred files: sshfs takes 2 to 4 round trips for each."""
 
@@ -64,6 +64,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--edits", type=int, default=40, help="seen on each peer and line")
     parser.add_argument("--peers", default="", help=f"separated by commas, of {','.join(peers.PEERS)}")
     parser.add_argument("--minutes", type=float, default=20.0, help="begin nothing on a line after this")
+    parser.add_argument(
+        "--patience", type=float, default=40.0, help="seconds for a workload on a peer, in all rounds"
+    )
     parser.add_argument("--json", type=Path, help="where to write every sample (default: in --work)")
     parser.add_argument("--work", type=Path, help="directory to work in (default ~/.cache/agentctl-bench)")
     chosen = parser.parse_args(arguments)
@@ -91,7 +94,12 @@ def measure(chosen: argparse.Namespace, work: Path, round_trip: float) -> Report
         found = peers.offered(stack, machine, chosen.names)
         driver = stack.enter_context(local.driver(work, SIZES))
         plan = Plan(
-            chosen.rounds, chosen.workloads, str(work / "copies"), drop=False, limit=chosen.minutes * 60
+            chosen.rounds,
+            chosen.workloads,
+            str(work / "copies"),
+            drop=False,
+            limit=chosen.minutes * 60,
+            patience=chosen.patience,
         )
         samples, late = files.take(plan, found, driver)
         freshness = files.watch(chosen, found, work / "share", local.watcher(work))

@@ -210,16 +210,13 @@ def test_what_is_below_may_be_listed_before_the_guest_is_known_to_walk() -> None
     assert all_of(one) == [3]
 
 
-def test_what_is_expected_beside_a_directory() -> None:
-    one = far(0.1)
-    one.listed(1, [2, 3, 4], first=True)
-    one.listed(2, [5], first=True)
-    one.look_below(1)
-    assert sorted(all_of(one)) == [2, 3, 4, 5]
-    assert one.expected(3) == [2, 3, 4]
-    one.visited(2, reading=True)
-    assert one.expected(3) == [3, 4]
-    assert one.expected(9) == []
+def test_what_follows_a_directory_beside_it() -> None:
+    one = far(0.02)
+    one.listed(1, list(range(2, 100)), first=True)
+    one.listed(2, [200], first=True)
+    assert one.following(10) == list(range(11, 19))
+    assert one.following(98) == [99]
+    assert one.following(1) == []
 
 
 def test_whoever_walks_wants_all_of_the_next_one() -> None:

@@ -830,18 +830,19 @@ def test_with_a_directory_comes_what_is_below_it() -> None:
     assert answer_some(script, BELOW) == [(2, True), (3, True)]
 
 
-def test_the_first_name_that_is_looked_up_brings_those_beside_it_whole() -> None:
+def test_the_first_name_that_is_looked_up_brings_the_directories_that_follow_whole() -> None:
     script = Script(round_trip=0.1)
     below = {ROOT: [Name(b"d%d" % node, node, DIRECTORY) for node in range(2, 6)]}
     below.update({node: numbered(3, 100 * node) for node in range(2, 6)})
     ask(script, 0, node=ROOT)
     answer_some(script, below)
     answer_some(script, below)
-    ask(script, 0, node=2)
-    unique = look_up(script, b"name-1", 2)
-    assert sorted(answer_some(script, below)) == [(node, False) for node in range(2, 6)]
-    assert script.answers[-1] == ("reply", unique, below[2][1].entry)
-    look_up(script, b"name-1", 3)
+    first, second, *others = (name.node for _, name in placed(below[ROOT]))
+    ask(script, 0, node=first)
+    unique = look_up(script, b"name-1", first)
+    assert answer_some(script, below) == [(node, False) for node in (first, second, *others)]
+    assert script.answers[-1] == ("reply", unique, below[first][1].entry)
+    look_up(script, b"name-1", second)
     assert not script.link.asked
 
 
