@@ -38,7 +38,7 @@ from tests.free_ports import free_port
 SSHFS: Final = "sshfs"
 PEERS: Final = (OURS, SSHFS)
 
-START_TIMEOUT: Final = 20.0
+START_TIMEOUT: Final = 60.0
 
 SETTLED: Final = 1.0
 """Seconds after a mount, for all: it has asked for what is at the root, or not."""

@@ -46,7 +46,7 @@ PROCEDURE = (
     "are warm for all, so that cold and warm differ only in what the mount's kernel and programs remember"
 )
 
-MOUNT_TIMEOUT = 20.0
+MOUNT_TIMEOUT = 60.0
 
 #: Set in the namespace.
 _INSIDE = "AGENTCTL_BENCH_NAMESPACE"
