@@ -1,6 +1,6 @@
 """A line with a length: passes TCP connections on, each byte late by a fixed time, and can be cut and joined again.
 
-``python delay_line.py SECONDS TARGET`` is the process that does it, so that nobody who is measured shares an
+``python delay_line.py SECONDS TARGET PORT`` is the process that does it, so that nobody who is measured shares an
 interpreter with it; ``DelayLine`` is what a test holds. The law: a byte leaves SECONDS after it has come, in each
 direction, so a round trip takes twice that, and as many bytes are under way as come meanwhile: a delay, no limit of throughput.
 
@@ -83,7 +83,7 @@ class Way:
 class Line:
     """The process's side."""
 
-    def __init__(self, delay: float, target: str) -> None:
+    def __init__(self, delay: float, target: str, port: int) -> None:
         self.delay = delay
         self.joined = asyncio.Event()
         self.joined.set()
@@ -91,7 +91,7 @@ class Line:
         self._connections: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._port = 0
+        self._port = port
 
     async def run(self) -> None:
         """Answer commands, one a line, until nobody can give any."""
@@ -183,7 +183,10 @@ class DelayLine:
 
     def __init__(self, target: str | Path, delay: float = 0.0) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        argv = [sys.executable, "-I", __file__, str(delay), str(target)]
+        from tests.free_ports import free_port  # which the process need not find
+
+        # Not one that another connection may be given while this line refuses.
+        argv = [sys.executable, "-I", __file__, str(delay), str(target), str(free_port())]
         self._process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
@@ -248,9 +251,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("delay", type=float)
     arguments.add_argument("target")
+    arguments.add_argument("port", type=int)
     given = arguments.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ^C is for the tests, which end this
-    asyncio.run(Line(given.delay, given.target).run())
+    asyncio.run(Line(given.delay, given.target, given.port).run())
 
 
 if __name__ == "__main__":
