@@ -14,11 +14,20 @@ def main() -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from host_agent import cli
 
+    if before is signal.SIG_IGN:
+        # In the background of a script (POSIX: "asynchronous list"). A ^C is for others then, and goes on to be.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.default_int_handler
     signal.signal(signal.SIGINT, before)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+            signal.signal(number, _end)
     cli.main()
+
+
+def _end(*_: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 if __name__ == "__main__":
