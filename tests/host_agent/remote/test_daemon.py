@@ -101,7 +101,8 @@ async def running(paths: InstancePaths, way: ShellWay, given: int | None = None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(live)
             with trio.fail_after(PATIENCE):
-                while not paths.agent_socket.exists():
+                # One that fails at once is over before anybody has looked.
+                while not (served.over.is_set() or paths.agent_socket.exists()):
                     await trio.sleep(0.01)
             yield served
             if not served.over.is_set():
