@@ -255,8 +255,9 @@ def test_udp_clients_cost_no_dumps_and_those_that_bind_few(in_namespace: Scenari
     result = in_namespace("udp_storms")
     silent, clients, containers, binding = result["counts"]
     assert clients == containers == silent
-    assert 1 <= binding - containers <= 7  # 0.05 + 0.1 + ... s between them, for as long as it took
-    assert result["seconds"] < 3
+    # At 0, 0.05, 0.15, 0.35, 0.75 and 1.55 s, and then one a second, for as long as it took.
+    assert 1 <= binding - containers <= 6 + max(0.0, result["seconds"] - 1.55)
+    assert result["seconds"] < 30
     assert result["notices"] == 2
 
 
