@@ -26,9 +26,9 @@ import trio
 
 from guest_agent.agent import Agent
 from host_agent.client import hello
-from host_agent.daemon import raise_descriptor_limit
 from host_agent.forwarders import ForwardRunner
 from host_agent.guest_link import GuestLink
+from host_agent.instance_agent import raise_descriptor_limit
 from protocol.api import Event, Listeners
 from protocol.lane import Lane
 from protocol.link import Link, Service
