@@ -32,7 +32,7 @@ echo "$*" >"{base}/command"
 echo "I: installing packages..." >&2
 if [ -e "{base}/fail" ]; then cat "{base}/fail" >&2; exit 25; fi
 if [ -e "{base}/hang" ]; then sleep 60 & echo "$!" >>"{base}/started"; wait; fi
-if [ -e "{base}/slow" ]; then sleep 0.5; fi
+while [ -e "{base}/wait" ]; do sleep 0.05; done
 exec cat "{base}/root.tar"
 """
 
@@ -79,7 +79,7 @@ def root_tar() -> bytes:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose files (fail, hang, slow ...) say what the stand-ins do."""
+    """A folder whose files (fail, hang, wait ...) say what the stand-ins do."""
     base = tmp_path / "tools"
     (base / "bin").mkdir(parents=True)
     (base / "root.tar").write_bytes(root_tar())
@@ -318,13 +318,16 @@ def test_an_interrupted_build_leaves_no_process_and_no_directory(
 def test_two_at_once_build_once(
     tools: Path, store: Path, builders: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    (tools / "slow").touch()
+    (tools / "wait").touch()
     first = builders()
     until(lambda: started(tools))
     second = builders()
+    assert second.stdout is not None
+    assert second.stdout.readline() == "waiting for another build of an image to finish\n"
+    (tools / "wait").unlink()
     outputs = [process.communicate(timeout=20)[0] for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0]
-    assert outputs[1] == "waiting for another build of an image to finish\n"
+    assert outputs[1] == ""
     assert len(started(tools)) == 1
 
 
