@@ -110,6 +110,13 @@ class GuestPlane:
         if found is not None:
             self.bulk.attach(*found[0].halves(name, Role.GUEST))
 
+    def populate(self) -> None:
+        """Have the memory at hand: an agent that is killed while /dev/fuse copies a request to a page which must be
+        fetched first costs that request's caller EIO (fuse_copy_fill in fs/fuse/dev.c: a page is not waited for by
+        who is to be killed). One whose pages are there is copied to the end, and sent again to the next agent."""
+        if self._found is not None:
+            self._found[0].populate(self._name)
+
     def offered(self, hello: Hello) -> Hello:
         """``hello`` for a new session, with the offer. The mark is written now, so no older memory has it."""
         if self._found is None:

@@ -65,6 +65,7 @@ class FilesAgent:
         self._vm = vm
         self._host = Host(distance=None if vm else Distance())
         self._plane = GuestPlane(FILES, open_region() if vm else None)
+        self._plane.populate()
         self._lane = Lane()
         nursery.start_soon(self._lane.run)
         self._notifiers = Notifiers()

@@ -15,6 +15,9 @@ from typing import Final
 from protocol.bulk import SLOT
 from protocol.session import Role
 
+_MADV_POPULATE_WRITE: Final = 23
+"""linux/mman.h, since Linux 5.14; ``mmap`` has no name for it before Python 3.13."""
+
 MARK_PAGE: Final = 4096
 """A page of its own, so that a mark is one in the tables of either kernel."""
 
@@ -63,6 +66,12 @@ class Region:
         """The plane's mark page, by which both sides see that it is the same memory that they have."""
         start = SLOTS * SLOT + plane.number * MARK_PAGE
         return self._view[start : start + MARK_PAGE]
+
+    def populate(self, plane: Plane) -> None:
+        """Have the slots of ``plane`` in this process's page tables now, so that no system call that copies to or
+        from them has to wait for a page. A kernel that cannot do that maps page by page, as they are used."""
+        with suppress(OSError):
+            self._memory.madvise(_MADV_POPULATE_WRITE, plane.first * SLOT, 2 * plane.slots * SLOT)
 
     def close(self) -> None:
         """Let go of the memory. It stays mapped for whoever still has a view."""

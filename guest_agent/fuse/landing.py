@@ -29,7 +29,7 @@ class Landing:
 
     def __init__(self, bulk: Bulk | None = None) -> None:
         self._bulk = Bulk() if bulk is None else bulk
-        self._whole = bytearray(abi.BUFFER_BYTES)
+        self._whole = bytearray(abi.BUFFER_BYTES)  # whose pages are there: ``GuestPlane.populate``
         self._whole_view = memoryview(self._whole)
         self._head = bytearray(HEAD)
         self._head_view = memoryview(self._head)

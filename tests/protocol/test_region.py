@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import struct
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from protocol.bulk import SLOT
-from protocol.region import CONTROL, FILE_SIZE, FILES, MARK_PAGE, SLOTS, Region
+from protocol.region import CONTROL, FILE_SIZE, FILES, MARK_PAGE, SLOTS, Plane, Region
 from protocol.session import Role
 
 
@@ -35,6 +38,27 @@ def test_what_one_side_writes_the_other_reads(region: Region) -> None:
         assert region.halves(plane, Role.GUEST) == (peers, own)
         own[0:4], peers[0:4] = b"host", b"gues"
         assert [bytes(half[:4]) for half in region.halves(plane, Role.GUEST)] == [b"gues", b"host"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page tables are looked at in /proc")
+def test_what_is_populated_is_in_the_page_tables(region: Region, memory: mmap.mmap) -> None:
+    page = mmap.PAGESIZE
+
+    def present(plane: Plane) -> int:
+        start = (address_of(memory) + plane.first * SLOT) // page
+        with open("/proc/self/pagemap", "rb") as table:
+            table.seek(8 * start)
+            entries = table.read(8 * (2 * plane.slots * SLOT // page))
+        return sum(entry >> 63 for (entry,) in struct.iter_unpack("=Q", entries))
+
+    assert present(FILES) == present(CONTROL) == 0
+    region.populate(FILES)
+    assert present(FILES) == 2 * FILES.slots * SLOT // page
+    assert present(CONTROL) == 0
+
+
+def address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def test_everything_belongs_to_exactly_one(region: Region, memory: mmap.mmap) -> None:
