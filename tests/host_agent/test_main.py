@@ -12,6 +12,7 @@ import pytest
 COMMAND = """
 import signal, sys, trio
 background = sys.argv[1] == "background"
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
 from host_agent import __main__, cli
 async def follow():
@@ -41,5 +42,8 @@ def test_a_signal_ends_it_in_good_order(where: str, number: signal.Signals) -> N
             with pytest.raises(subprocess.TimeoutExpired):
                 running.wait(0.5)
             running.terminate()
-        assert running.stdout.readline() == "ended\n"
-        assert running.wait(30) == 130
+        try:
+            assert running.wait(30) == 130
+        finally:
+            running.kill()
+        assert running.stdout.read() == "ended\n"
