@@ -28,6 +28,9 @@ LOOK_AGAIN: Final = 0.05
 ATTEMPTS: Final = 3
 """Daemons that are started: one that dies as it starts may have been killed, three were not."""
 
+VANISHED: Final = 10
+"""Times that the folder goes while a daemon is started in it: so many ``end`` nobody asks for."""
+
 TAIL: Final = 2000
 """Bytes of a daemon's log in which the reason for its end is looked for."""
 
@@ -60,24 +63,38 @@ def connect(session: str, plane: str, grace: float) -> None:
 
 def _handed_over(rundir: RunDir, place: Place, offer: bytes) -> socket.socket:
     deadline = time.monotonic() + START_TIME
-    started = 0
+    started = vanished = 0
     while time.monotonic() < deadline:
         if _is_hung_up():
             raise ConnectionAbortedError
         if (connection := _offer(place, offer, deadline)) is not None:
             return connection
-        rundir.make()
-        if (lock := place.take_lock()) is None:
-            time.sleep(LOOK_AGAIN)
-        elif started == ATTEMPTS:
-            os.close(lock)
-            raise CannotConnect(
-                f"the {place.plane} agent ends as soon as it is started: {_last_line(place.log)}"
-            )
-        else:
-            started += 1
-            _start(place, rundir.path.name, lock)
+        try:
+            rundir.make()
+            if _is_being_ended(rundir) or (lock := place.take_lock()) is None:
+                time.sleep(LOOK_AGAIN)
+            elif started == ATTEMPTS:
+                os.close(lock)
+                raise CannotConnect(
+                    f"the {place.plane} agent ends as soon as it is started: {_last_line(place.log)}"
+                )
+            else:
+                started += 1
+                _start(place, rundir.path.name, lock)
+        except FileNotFoundError:
+            vanished += 1
+            if vanished == VANISHED:
+                raise
+            # The session was just ended, its folder with it: this one begins it anew.
     raise CannotConnect(f"the {place.plane} agent does not answer; its log is {place.log}")
+
+
+def _is_being_ended(rundir: RunDir) -> bool:
+    """Then what is started now would be ended, too."""
+    if (lock := rundir.ending.take_lock()) is None:
+        return True
+    os.close(lock)
+    return False
 
 
 def _is_hung_up() -> bool:

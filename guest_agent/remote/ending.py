@@ -26,6 +26,9 @@ GENTLE: Final = 15.0
 FORCED: Final = 10.0
 """Seconds for the kernel to end a killed one."""
 
+BEGIN_TIME: Final = 1.0
+"""Seconds for those to let go who look whether the session is being ended."""
+
 LOOK_AGAIN: Final = 0.05
 
 LOOK_TIME: Final = 3.0
@@ -42,6 +45,8 @@ def end(session: str) -> None:
         rundir = RunDir.of(session)
         if rundir.path.is_dir():
             with ExitStack() as locks:
+                if (ending := _begin(rundir)) is not None:
+                    locks.callback(os.close, ending)
                 _ask_to_end([rundir.plane(plane) for plane in PLANES])
                 for plane in PLANES:
                     locks.callback(os.close, _end_plane(rundir.plane(plane)))
@@ -55,6 +60,14 @@ def end(session: str) -> None:
         pass  # somebody else was faster
     except OSError as error:
         raise CannotEnd(f"{rundir.path} cannot be removed: {error.strerror}") from error
+
+
+def _begin(rundir: RunDir) -> int | None:
+    """The lock that keeps others from starting daemons; None if another end has it, which then does that."""
+    begun = time.monotonic()
+    while (lock := rundir.ending.take_lock()) is None and time.monotonic() - begun < BEGIN_TIME:
+        time.sleep(LOOK_AGAIN)
+    return lock
 
 
 def _ask_to_end(places: list[Place]) -> None:

@@ -27,6 +27,9 @@ SESSION_NAME: Final = re.compile(r"[a-z0-9-]{1,40}")
 FOLDER: Final = ".cache/agentctl/run"
 """Below the home."""
 
+REMOVALS: Final = 10
+"""Removals by others that are borne while a folder is made."""
+
 MAX_HOLDER: Final = 64
 """Bytes of what stands in a lock."""
 
@@ -90,14 +93,21 @@ class RunDir:
     def make(self) -> None:
         """Raises ``RunDirError``."""
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.path.lstat()
+            status = self._made()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise RunDirError(f"{self.path} is not a folder of this user")
             if status.st_mode & 0o077:
                 self.path.chmod(0o700)
         except OSError as error:
             raise RunDirError(f"{self.path} cannot be made: {error.strerror}") from error
+
+    def _made(self) -> os.stat_result:
+        for _ in range(REMOVALS):
+            with suppress(FileNotFoundError, FileExistsError):  # it, or its parent, is just removed
+                self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                return self.path.lstat()
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self.path.lstat()
 
     def remove(self) -> None:
         """With all that is in it. Locks last: as long as there is one, who holds it is found."""
@@ -107,6 +117,11 @@ class RunDir:
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             self.path.parent.rmdir()  # of the last session
+
+    @property
+    def ending(self) -> Place:
+        """No plane: who has its lock ends the session, and no daemon is started meanwhile."""
+        return Place(self.path, "ending")
 
     def plane(self, name: str) -> Place:
         return Place(self.path, name)

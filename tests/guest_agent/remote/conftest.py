@@ -49,6 +49,11 @@ class Connection:
         with trio.fail_after(PATIENCE):
             return await self.process.wait()
 
+    async def said(self) -> str:
+        """The last words of a connector that has ended, on stderr."""
+        assert self.process.stderr is not None
+        return bytes(await self.process.stderr.receive_some(2000)).decode()
+
     async def hangs_up(self) -> None:
         """The other side has closed the connection, whatever it says last."""
         with trio.fail_after(PATIENCE):

@@ -94,7 +94,7 @@ async def test_it_can_be_begun_again_while_it_is_ended(machine: Machine) -> None
         except (trio.BrokenResourceError, ExceptionGroup):
             await connection.ended()
     else:
-        assert await connection.ended() == 0
+        assert await connection.ended() == 0, await connection.said()
         await works(await machine.connect())
 
 

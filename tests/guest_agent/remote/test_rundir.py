@@ -34,6 +34,21 @@ def test_what_is_not_a_folder_is_not_used(tmp_path: Path) -> None:
         rundir.make()
 
 
+def test_it_is_made_while_others_remove_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rundir = RunDir.of("a-session", tmp_path)
+    look, removals = Path.lstat, iter(range(3))
+
+    def lstat(path: Path) -> os.stat_result:
+        if next(removals, None) is not None:
+            rundir.remove()
+        return look(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    rundir.make()
+    assert next(removals, None) is None
+    assert rundir.path.is_dir()
+
+
 def test_one_has_the_lock_and_stands_in_it(rundir: RunDir) -> None:
     place = rundir.plane("control")
     assert place.holder() is None
