@@ -6,22 +6,18 @@ of them does). Everything that is missing has a sentence and a fix, and the rest
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import pwd
 import socket
-import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from guest_agent.fuse import fusermount, mounting
 from guest_agent.fuse.mounting import MountError, MountSpec
-
-FORMAT: Final = 1
+from protocol.capabilities import Capabilities, Docker, Mounts, Problem
 
 WORD: Final = "agentctl-check"
 
@@ -31,33 +27,9 @@ DOCKER_TIME: Final = 2.0
 """Seconds for Docker's socket to accept; its backlog is the kernel's, so it does at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """For a person who is not at the machine: what does not work there, and what to do about it."""
-
-    what: str
-    fix: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mounts:
-    ok: bool
-    how: str = ""
-    allow_other: bool = False
-    problem: str = ""
-    fix: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Docker:
-    socket: str = ""
-    problem: str = ""
-    fix: str = ""
-
-
 def line(nonce: str) -> str:
-    """The answer. ASCII, so that no locale is in its way."""
-    return f"{WORD} {nonce} {json.dumps(capabilities(), ensure_ascii=True)}"
+    """The answer."""
+    return f"{WORD} {nonce} {capabilities().to_json()}"
 
 
 def ssh_port() -> int:
@@ -66,27 +38,24 @@ def ssh_port() -> int:
     return int(words[3]) if len(words) == 4 and words[3].isdecimal() else 0
 
 
-def capabilities() -> dict[str, Any]:
+def capabilities() -> Capabilities:
     root = os.geteuid() == 0
     mounts, docker = find_mounts(root), find_docker()
     problems = [Problem(found.problem, found.fix) for found in (mounts, docker) if found.problem]
     problems += unseen_by_containers(mounts, docker) + kills_processes(root)
-    return {
-        "format": FORMAT,
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "uid": os.geteuid(),
-        "user": user_name(),
-        "home": str(Path.home()),
-        "root": root,
-        "kernel": os.uname().release,
-        "hostname": os.uname().nodename,
-        "mounts": asdict(mounts),
-        "ports": {"how": "tracefs" if root and _has_tracefs() else "polling"},
-        "ssh_port": ssh_port(),
-        "docker": asdict(docker),
-        "problems": [asdict(problem) for problem in problems],
-    }
+    return Capabilities(
+        python=platform.python_version(),
+        uid=os.geteuid(),
+        user=user_name(),
+        home=str(Path.home()),
+        root=root,
+        kernel=os.uname().release,
+        mounts=mounts,
+        ports="tracefs" if root and _has_tracefs() else "polling",
+        docker=docker,
+        problems=tuple(problems),
+        ssh_port=ssh_port(),
+    )
 
 
 def user_name() -> str:

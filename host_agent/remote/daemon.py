@@ -29,12 +29,13 @@ from host_agent.forwarders import UnixForwarder
 from host_agent.instance_agent import Inherited, InstanceAgent, main
 from host_agent.paths import Home, InstancePaths
 from host_agent.remote import answers, record
-from host_agent.remote.machine import Capabilities, shown
+from host_agent.remote.machine import shown
 from host_agent.remote.prompts import Asked, Remembered
 from host_agent.remote.record import Attached
 from host_agent.remote.way import Condition, Finished, Way
 from host_agent.rules import IgnorePort
 from protocol.api import Attachment, DialUnix, InstanceStatus, LinkState, Stage
+from protocol.capabilities import Capabilities
 from protocol.errors import LinkError
 from protocol.link import Link
 

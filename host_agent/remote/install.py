@@ -22,8 +22,9 @@ from typing import Any, Final, Protocol
 
 from host_agent.errors import ExitCode, UserError
 from host_agent.remote import receiver
-from host_agent.remote.machine import Capabilities, shown
+from host_agent.remote.machine import parse_check, shown
 from host_agent.remote.payload import Payload
+from protocol.capabilities import Capabilities
 
 _NAMES: Final = tuple(f"python3.{minor}" for minor in range(14, 10, -1))
 #: Where a Python that is new enough may be, in the order of preference. The last ones are a user's own (uv, pip), which
@@ -150,7 +151,7 @@ def _installed(answer: _Answer) -> Installed:
     if here is None:
         raise _said(answer, "the machine did not run a command as it should")
     try:
-        capabilities = Capabilities.parse(said.get("check", ""))
+        capabilities = parse_check(said.get("check", ""))
     except ValueError:
         raise _said(answer, "the agent does not run on the machine") from None
     return Installed(capabilities, (_word(here.get("python")), "-IS", _word(here.get("archive"))))

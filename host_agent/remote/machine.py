@@ -13,9 +13,8 @@ from typing import Any, Final, Self
 
 from host_agent.errors import ExitCode, UserError
 from host_agent.plain_text import PlainText
+from protocol.capabilities import FORMAT, Capabilities, Docker, Mounts, Problem
 
-#: What ``check`` of this build writes.
-FORMAT: Final = 1
 #: A sentence on a terminal; a path (PATH_MAX).
 MAX_SENTENCE: Final = 400
 MAX_PATH: Final = 4096
@@ -76,87 +75,38 @@ def _port(text: str) -> int:
     raise UserError(f"{shown(text)!r} is not a port", "a number from 1 to 65535", ExitCode.USAGE)
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What does not work on the machine, and what would make it work; both are sentences."""
-
-    what: str
-    fix: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mounts:
-    """Whether folders can be mounted: ``how`` is ``root`` or ``fusermount3``."""
-
-    ok: bool = False
-    how: str = ""
-    allow_other: bool = False
-    problem: str = ""
-    fix: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Docker:
-    """Docker's socket, as a path on the machine, if its user can use it; else why not."""
-
-    socket: str = ""
-    problem: str = ""
-    fix: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What ``check`` found. ``ports`` is ``tracefs`` or ``polling``; ``problems`` is all that a person is shown.
-
-    ``ssh_port`` is where the machine's sshd listens, or 0.
-    """
-
-    python: str
-    uid: int
-    user: str
-    home: str
-    root: bool = False
-    kernel: str = ""
-    mounts: Mounts = Mounts()
-    ports: str = ""
-    docker: Docker = Docker()
-    problems: tuple[Problem, ...] = ()
-    ssh_port: int = 0
-
-    @classmethod
-    def parse(cls, line: bytes | str) -> Self:
-        """Of the JSON that ``check`` wrote. Raises ``ValueError`` if that is not what it is."""
-        try:
-            found = json.loads(line)
-        except RecursionError:
-            raise ValueError("JSON that is too deep") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError("not the result of a check that this version understands")
-        mounts, ports, docker = (_table(found, name) for name in ("mounts", "ports", "docker"))
-        problems = found.get("problems")
-        return cls(
-            python=shown(found.get("python")),
-            uid=_uid(found),
-            user=shown(found.get("user")),
-            home=_path(found, "home"),
-            root=found.get("root") is True,
-            kernel=shown(found.get("kernel")),
-            mounts=Mounts(
-                ok=mounts.get("ok") is True,
-                how=shown(mounts.get("how")),
-                allow_other=mounts.get("allow_other") is True,
-                problem=shown(mounts.get("problem")),
-                fix=shown(mounts.get("fix")),
-            ),
-            ports=shown(ports.get("how")),
-            docker=Docker(_path(docker, "socket"), shown(docker.get("problem")), shown(docker.get("fix"))),
-            problems=tuple(
-                Problem(shown(row.get("what")), shown(row.get("fix")))
-                for row in (problems[:MAX_PROBLEMS] if isinstance(problems, list) else [])
-                if isinstance(row, dict) and shown(row.get("what"))
-            ),
-            ssh_port=_port_number(found.get("ssh_port")),
-        )
+def parse_check(line: bytes | str) -> Capabilities:
+    """Of the JSON that ``check`` wrote. Raises ``ValueError`` if that is not what it is."""
+    try:
+        found = json.loads(line)
+    except RecursionError:
+        raise ValueError("JSON that is too deep") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError("not the result of a check that this version understands")
+    mounts, docker, problems = _table(found, "mounts"), _table(found, "docker"), found.get("problems")
+    return Capabilities(
+        python=shown(found.get("python")),
+        uid=_uid(found),
+        user=shown(found.get("user")),
+        home=_path(found, "home"),
+        root=found.get("root") is True,
+        kernel=shown(found.get("kernel")),
+        mounts=Mounts(
+            ok=mounts.get("ok") is True,
+            how=shown(mounts.get("how")),
+            allow_other=mounts.get("allow_other") is True,
+            problem=shown(mounts.get("problem")),
+            fix=shown(mounts.get("fix")),
+        ),
+        ports=shown(found.get("ports")),
+        docker=Docker(_path(docker, "socket"), shown(docker.get("problem")), shown(docker.get("fix"))),
+        problems=tuple(
+            Problem(shown(row.get("what")), shown(row.get("fix")))
+            for row in (problems[:MAX_PROBLEMS] if isinstance(problems, list) else [])
+            if isinstance(row, dict) and shown(row.get("what"))
+        ),
+        ssh_port=_port_number(found.get("ssh_port")),
+    )
 
 
 def _table(of: dict[str, Any], name: str) -> dict[str, Any]:

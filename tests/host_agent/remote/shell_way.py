@@ -14,11 +14,12 @@ from pathlib import Path
 import trio
 
 from host_agent.errors import ExitCode, UserError
-from host_agent.remote.machine import Capabilities
+from host_agent.remote.machine import parse_check
 from host_agent.remote.prompts import Asked
 from host_agent.remote.record import Attached
 from host_agent.remote.way import Condition, Finished, Way
 from protocol.api import LinkState
+from protocol.capabilities import Capabilities
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -144,7 +145,7 @@ class ShellWay:
         """As ``daemon.Install``: nothing has to be brought here."""
         progress("looking for the agent on the machine")
         done = await self.run(f"{sys.executable} -m guest_agent.remote check --nonce N")
-        found = Capabilities.parse(done.out.partition(b"agentctl-check N ")[2])
+        found = parse_check(done.out.partition(b"agentctl-check N ")[2])
         return There(self.has(found))
 
     def has(self, found: Capabilities) -> Capabilities:

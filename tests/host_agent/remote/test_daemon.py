@@ -22,11 +22,11 @@ from host_agent.instance_agent import Inherited
 from host_agent.paths import InstancePaths
 from host_agent.remote import answers, record
 from host_agent.remote.daemon import AttachedAgent
-from host_agent.remote.machine import Capabilities, Docker, Problem
 from host_agent.remote.record import Attached
 from host_agent.state import InstanceState
 from protocol import execio
 from protocol.api import Exec, GetDisk, GetStatus, InstanceStatus, LinkState, PortRule, Stage, StopInstance
+from protocol.capabilities import Capabilities, Docker, Problem
 from protocol.errors import RemoteFailure
 from protocol.link import Link
 from tests.host_agent.remote.shell_way import PYTHONPATH, ShellWay

@@ -12,11 +12,9 @@ from host_agent.remote.machine import (
     MAX_PROBLEMS,
     MAX_SENTENCE,
     Address,
-    Capabilities,
-    Docker,
-    Mounts,
-    Problem,
+    parse_check,
 )
+from protocol.capabilities import Capabilities, Docker, Mounts, Problem
 
 CHECK: dict[str, Any] = {
     "format": 1,
@@ -27,7 +25,7 @@ CHECK: dict[str, Any] = {
     "root": False,
     "kernel": "6.1.0",
     "mounts": {"ok": True, "how": "fusermount3", "allow_other": False, "problem": "", "fix": ""},
-    "ports": {"how": "polling"},
+    "ports": "polling",
     "docker": {"socket": "", "problem": "no Docker", "fix": "install it"},
     "problems": [{"what": "no Docker", "fix": "install it"}],
 }
@@ -84,7 +82,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 
 
 def test_a_check_is_understood() -> None:
-    found = Capabilities.parse(json.dumps(CHECK))
+    found = parse_check(json.dumps(CHECK))
     assert found == Capabilities(
         python="3.11.2",
         uid=1000,
@@ -99,12 +97,12 @@ def test_a_check_is_understood() -> None:
 
 
 def test_what_a_check_leaves_out_cannot_be_done() -> None:
-    found = Capabilities.parse('{"format": 1, "uid": 0}')
+    found = parse_check('{"format": 1, "uid": 0}')
     assert (found.mounts.ok, found.root, found.docker.socket, found.home) == (False, False, "", "")
 
 
 def test_what_it_says_is_bounded_and_plain() -> None:
-    found = Capabilities.parse(
+    found = parse_check(
         json.dumps(
             CHECK
             | {
@@ -142,7 +140,7 @@ def test_what_it_says_is_bounded_and_plain() -> None:
 )
 def test_what_is_no_check_is_refused(line: bytes) -> None:
     with pytest.raises(ValueError):
-        Capabilities.parse(line)
+        parse_check(line)
 
 
 _values = st.none() | st.booleans() | st.integers() | st.text(max_size=20)
@@ -154,7 +152,7 @@ _json = st.recursive(_values, lambda inner: st.lists(inner) | st.dictionaries(_n
 @given(st.dictionaries(st.sampled_from(list(CHECK)), _json))
 def test_any_json_is_a_check_or_refused(found: dict[str, Any]) -> None:
     try:
-        capabilities = Capabilities.parse(json.dumps({"format": 1, "uid": 7} | found))
+        capabilities = parse_check(json.dumps({"format": 1, "uid": 7} | found))
     except ValueError:
         return
     for text in (
