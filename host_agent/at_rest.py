@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from host_agent import docker_context, state
 from host_agent.configuration import config as configuration
 from host_agent.disk_room import allocated
@@ -28,23 +30,14 @@ def status(paths: InstancePaths) -> InstanceStatus:
         if ProcessIdentity.read(paths.qemu_identity):
             detail, hint = "the host agent was killed, and the VM runs on", "take it over again: agentctl up"
     containerd = config.runtime == CONTAINERD
-    return InstanceStatus(
-        name=paths.name,
-        stage=stage,
-        detail=detail,
-        hint=hint,
+    return replace(
+        without_agent(paths, stage, detail, hint),
         accelerator=last.accelerator or config.accelerator,
         cpus=config.cpus,
         memory=config.memory,
         disk=config.disk,
-        image="",
-        qemu_pid=0,
-        agent_pid=0,
         started_at=last.started_at,
         restarts=last.boot_restarts,
-        guest_connected=False,
-        guest_digest="",
-        host_digest=build.digest(),
         docker_socket="" if containerd else str(paths.docker_socket),
         docker_context="" if containerd else docker_context.context_name(paths.name),
         disk_allocated=allocated(paths.data_disk),
@@ -62,6 +55,16 @@ def _machine(paths: InstancePaths, attached: record.Attached) -> InstanceStatus:
     elif last.wanted:
         stage, detail = Stage.FAILED, "the host agent was killed"
         hint = f"attach it again: agentctl attach {paths.name}"
+    return replace(
+        without_agent(paths, stage, detail, hint),
+        started_at=last.started_at,
+        runtime="",
+        attached=Attachment(attached.address, LinkState.LOST, keep=attached.keep),
+    )
+
+
+def without_agent(paths: InstancePaths, stage: Stage, detail: str, hint: str) -> InstanceStatus:
+    """What can be said of an instance of which no host agent tells anything."""
     return InstanceStatus(
         name=paths.name,
         stage=stage,
@@ -74,13 +77,11 @@ def _machine(paths: InstancePaths, attached: record.Attached) -> InstanceStatus:
         image="",
         qemu_pid=0,
         agent_pid=0,
-        started_at=last.started_at,
+        started_at=0.0,
         restarts=0,
         guest_connected=False,
         guest_digest="",
         host_digest=build.digest(),
         docker_socket="",
         docker_context="",
-        runtime="",
-        attached=Attachment(attached.address, LinkState.LOST, keep=attached.keep),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 import trio
@@ -12,7 +12,6 @@ from host_agent.commands.common import json_option
 from host_agent.commands.status import status_of
 from host_agent.errors import UserError
 from host_agent.paths import Home, InstancePaths
-from protocol import build
 from protocol.api import InstanceStatus, Stage
 from protocol.errors import AgentctlProtocolError
 
@@ -62,25 +61,10 @@ async def _told(paths: InstancePaths) -> InstanceStatus:
 
 
 def _failed(paths: InstancePaths, detail: str, hint: str) -> InstanceStatus:
-    from host_agent import docker_context
+    from host_agent import at_rest, docker_context
 
-    return InstanceStatus(
-        name=paths.name,
-        stage=Stage.FAILED,
-        detail=detail,
-        hint=hint,
-        accelerator="",
-        cpus=0,
-        memory=0,
-        disk=0,
-        image="",
-        qemu_pid=0,
-        agent_pid=0,
-        started_at=0.0,
-        restarts=0,
-        guest_connected=False,
-        guest_digest="",
-        host_digest=build.digest(),
+    return replace(
+        at_rest.without_agent(paths, Stage.FAILED, detail, hint),
         docker_socket=str(paths.docker_socket),
         docker_context=docker_context.context_name(paths.name),
     )
