@@ -76,13 +76,13 @@ def attach(
 def attached(paths: InstancePaths, address: str, wishes: Wishes) -> UpResult:
     """Attach it, asking at the terminal if there is one, with progress."""
     from host_agent.progress import progress
-    from host_agent.remote import attach as attaching
+    from host_agent.remote.attach import Attempt
     from host_agent.remote.prompts import Terminal
 
     terminal = Terminal()
     try:
         with progress(terminal) as report:
-            return attaching.run(paths, address, wishes, report, _ways(), terminal)
+            return Attempt(paths, address, wishes, report, _ways(), terminal).run()
     except UserError:
         if terminal.interrupted:
             raise KeyboardInterrupt from None

@@ -136,20 +136,82 @@ def _taken(sentence: str) -> NoReturn:
     raise UserError(sentence, "choose another name for this one: --name NAME", ExitCode.USAGE)
 
 
-def run(
-    paths: InstancePaths, address: str, wishes: Wishes, progress: Progress, ways: Ways, asked: Asked
-) -> UpResult:
-    """Attach it. Raises ``UserError``, or ``KeyboardInterrupt`` with everything undone."""
-    home = paths.home
-    _check(home, wishes)
-    home.ensure()
-    is_new = not paths.directory.exists()
-    paths.ensure()
-    try:
-        return _run(home, paths, address, wishes, progress, ways, asked)
-    finally:
-        if is_new and not paths.attached.exists():
-            _forget(paths)
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """To attach ``paths`` to the machine at ``address``, with what is wished for."""
+
+    paths: InstancePaths
+    address: str
+    wishes: Wishes
+    progress: Progress
+    ways: Ways
+    asked: Asked
+
+    def run(self) -> UpResult:
+        """Raises ``UserError``, or ``KeyboardInterrupt`` with everything undone."""
+        paths = self.paths
+        _check(paths.home, self.wishes)
+        paths.home.ensure()
+        is_new = not paths.directory.exists()
+        paths.ensure()
+        try:
+            return self._join_or_start()
+        finally:
+            if is_new and not paths.attached.exists():
+                _forget(paths)
+
+    def _join_or_start(self) -> UpResult:
+        paths = self.paths
+        while True:
+            try:
+                running = groups.run(starting.running, paths, self.progress)
+            except starting.Ending:
+                if groups.run(ending.lock_is_free, paths):
+                    continue
+                raise
+            if running is not None and _is_reached(running):
+                return _joined(paths, self.wishes)
+            with state.locked(paths.up_lock) as ours:
+                if ours:
+                    if running is None and state.is_locked(paths.lock):
+                        continue  # another attach has finished between our look and our lock
+                    return self._start()
+            self.progress("another agentctl command is starting this instance; waiting for it")
+            while state.is_locked(paths.up_lock):
+                time.sleep(_INTERVAL)
+
+    def _start(self) -> UpResult:
+        """With ``paths.up_lock`` held. One that runs and has lost the machine is ended once that is reached from here:
+        what it goes on trying may need an answer."""
+        paths, wishes = self.paths, self.wishes
+        before = record.load(paths) or Attached(self.address, session_name(paths.home, paths.name))
+        wanted = before if wishes.keep is None else replace(before, keep=wishes.keep)
+        found = groups.run(self._reach, wanted)
+        specs = folders.chosen(wishes.mounts, paths.home.root, found.capabilities.home)
+        if state.is_locked(paths.lock):
+            groups.run(starting.abandon, paths)
+            groups.run(ending.lock_is_free, paths)
+        record.save(paths, wanted)  # first: what the configuration is by default depends on it
+        configuration.update(paths, lambda: _configured(paths, specs, wishes))
+        status = self._start_agent()
+        warnings = (*status.warnings, *groups.run(_mount_warnings, paths))
+        return UpResult(status, started=True, warnings=warnings)
+
+    async def _reach(self, wanted: Attached) -> Installed:
+        """The first connection, with somebody who can be asked."""
+        self.progress(f"connecting to {wanted.address}")
+        async with self.ways.open_way(wanted, self.asked) as way:
+            await way.connect()
+            return await self.ways.install(way, self.progress)
+
+    def _start_agent(self) -> InstanceStatus:
+        given = answers.keep(self.asked.answers)
+        name = f"the agent on {self.address}"
+        try:
+            return starting.start(self.paths, self.progress, name, keep_if=(ExitCode.BUSY,), answers=given)
+        finally:
+            if given is not None:
+                os.close(given)
 
 
 def _forget(paths: InstancePaths) -> None:
@@ -167,75 +229,8 @@ def _check(home: Home, wishes: Wishes) -> None:
     wishes.rules()
 
 
-def _run(
-    home: Home,
-    paths: InstancePaths,
-    address: str,
-    wishes: Wishes,
-    progress: Progress,
-    ways: Ways,
-    asked: Asked,
-) -> UpResult:
-    while True:
-        try:
-            running = groups.run(starting.running, paths, progress)
-        except starting.Ending:
-            if groups.run(ending.lock_is_free, paths):
-                continue
-            raise
-        if running is not None and _is_reached(running):
-            return _joined(home, paths, wishes)
-        with state.locked(paths.up_lock) as ours:
-            if ours:
-                if running is None and state.is_locked(paths.lock):
-                    continue  # another attach has finished between our look and our lock
-                return _start(home, paths, address, wishes, progress, ways, asked)
-        progress("another agentctl command is starting this instance; waiting for it")
-        while state.is_locked(paths.up_lock):
-            time.sleep(_INTERVAL)
-
-
 def _is_reached(status: InstanceStatus) -> bool:
     return status.attached is not None and status.attached.link is LinkState.CONNECTED
-
-
-def _start(
-    home: Home,
-    paths: InstancePaths,
-    address: str,
-    wishes: Wishes,
-    progress: Progress,
-    ways: Ways,
-    asked: Asked,
-) -> UpResult:
-    """With ``paths.up_lock`` held. One that runs and has lost the machine is ended once that is reached from here: what
-    it goes on trying may need an answer."""
-    before = record.load(paths) or Attached(address, session_name(home, paths.name))
-    wanted = before if wishes.keep is None else replace(before, keep=wishes.keep)
-    found = groups.run(_reach, wanted, progress, ways, asked)
-    specs = folders.chosen(wishes.mounts, home.root, found.capabilities.home)
-    if state.is_locked(paths.lock):
-        groups.run(starting.abandon, paths)
-        groups.run(ending.lock_is_free, paths)
-    record.save(paths, wanted)  # first: what the configuration is by default depends on it
-    configuration.update(paths, lambda: _configured(paths, specs, wishes))
-    given = answers.keep(asked.answers)
-    try:
-        status = starting.start(
-            paths, progress, f"the agent on {address}", keep_if=(ExitCode.BUSY,), answers=given
-        )
-    finally:
-        if given is not None:
-            os.close(given)
-    return UpResult(status, started=True, warnings=(*status.warnings, *groups.run(_mount_warnings, paths)))
-
-
-async def _reach(wanted: Attached, progress: Progress, ways: Ways, asked: Asked) -> Installed:
-    """The first connection, with somebody who can be asked."""
-    progress(f"connecting to {wanted.address}")
-    async with ways.open_way(wanted, asked) as way:
-        await way.connect()
-        return await ways.install(way, progress)
 
 
 def _configured(paths: InstancePaths, specs: Sequence[MountSpec], wishes: Wishes) -> InstanceConfig:
@@ -260,10 +255,10 @@ def _more(there: Sequence[T], wanted: Sequence[T]) -> list[T]:
 # --- one that runs -----------------------------------------------------------------------------------
 
 
-def _joined(home: Home, paths: InstancePaths, wishes: Wishes) -> UpResult:
+def _joined(paths: InstancePaths, wishes: Wishes) -> UpResult:
     """An instance that runs and is connected, with what is asked for besides."""
     now = record.load(paths)
-    specs = folders.chosen(wishes.mounts, home.root, now.home if now else "")
+    specs = folders.chosen(wishes.mounts, paths.home.root, now.home if now else "")
     later: tuple[str, ...] = ()
     if now is not None and wishes.keep not in (None, now.keep):
         record.save(paths, replace(now, keep=wishes.keep is True))
