@@ -29,7 +29,7 @@ from guest_agent.fuse.directories import File
 from guest_agent.fuse.host import Ask
 from guest_agent.fuse.operation import Idle, Timers, spawn
 from guest_agent.fuse.pieces import Order
-from protocol.files import MAX_CONTENT, MAX_DATA, ReadMany
+from protocol.files import MAX_CONTENT, MAX_DATA, Changed, ReadMany
 from protocol.files import Contents as Given
 
 MAX_HELD: Final = 64 << 20
@@ -345,6 +345,10 @@ class Contents:
             coming.leave(unique)
 
     # --- what is dropped -------------------------------------------------------------------------------
+
+    def changed(self, changed: Changed) -> None:
+        """The host says so."""
+        self.drop(*changed.nodes)
 
     def drop(self, *nodes: int) -> None:
         """These files have changed."""

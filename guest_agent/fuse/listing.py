@@ -48,6 +48,7 @@ from protocol.files import (
     ENTRY,
     NAME,
     ROOT,
+    Changed,
     FileCall,
     GetAttributes,
     ListEntries,
@@ -253,6 +254,14 @@ class Listings:
         """The kernel has forgotten them."""
         self.directories.forgotten(nodes)
         self._spoil(nodes)
+
+    def changed(self, changed: Changed) -> None:
+        """The host says so."""
+        self.directories.changed(changed)
+
+    def drop(self, *nodes: int) -> None:
+        """Data or attributes of these are not what they were."""
+        self.directories.touch(*nodes)
 
     def void(self) -> None:
         """Nothing is promised any more."""

@@ -16,6 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+from protocol.files import Changed
+
 TICK: Final = 0.004
 """Seconds, as for a directory's attributes."""
 
@@ -47,7 +49,13 @@ class Looked:
             return None
         return said[2]
 
-    def forget(self) -> None:
+    def changed(self, changed: Changed) -> None:
+        self.void()
+
+    def drop(self, *nodes: int) -> None:
+        self.void()
+
+    def void(self) -> None:
         """Something is not what it was."""
         self.changes += 1
         self._said.clear()

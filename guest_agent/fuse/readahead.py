@@ -26,7 +26,7 @@ from guest_agent.fuse.host import Ask
 from guest_agent.fuse.operation import Idle, Timers, spawn
 from protocol.api import Done
 from protocol.bulk import Loan
-from protocol.files import Read
+from protocol.files import Changed, Read
 
 LEAST: Final = 128 << 10
 """Bytes of a READ that is worth it."""
@@ -205,6 +205,10 @@ class Readahead:
             piece.data.release()
 
     # --- what is dropped -------------------------------------------------------------------------------
+
+    def changed(self, changed: Changed) -> None:
+        """The host says so."""
+        self.drop(*changed.nodes)
 
     def drop(self, *nodes: int) -> None:
         """The data of these files may not be what it was."""

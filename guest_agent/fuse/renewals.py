@@ -48,10 +48,10 @@ class Renewals:
                 {*changed.parents, *changed.directories}, {*changed.nodes, *changed.attributes_only}
             )
 
-    def touched(self, node: int) -> None:
-        """The guest has changed what a name stands for."""
+    def drop(self, *nodes: int) -> None:
+        """The guest has changed what names stand for."""
         if self._names:
-            self._drop_all((), (node,))
+            self._drop_all((), nodes)
 
     def void(self) -> None:
         """Nothing is promised any more, or the guest has changed names, of which these may be others."""

@@ -80,6 +80,19 @@ class Dropper(Protocol):
     def sequence(self, notifications: bytes, then: Callable[[], None]) -> None: ...
 
 
+class Cache(Protocol):
+    """What is kept here of what the host has said, and what ends it."""
+
+    def changed(self, changed: Changed) -> None:
+        """The host says that these are not what they were."""
+
+    def drop(self, *nodes: int) -> None:
+        """Data or attributes of these are not what they were."""
+
+    def void(self) -> None:
+        """Nothing stands any more, nor what is on its way."""
+
+
 class Volume:
     """``salt``: of this mount, as ``SALT_SHIFT`` says; a successor that takes the mount over needs it. ``volumes``:
     all of the share, if there can be several (of superblocks that are still in use); this one joins them. The host
@@ -112,6 +125,9 @@ class Volume:
         self.contents = Contents(host, share, self.listings.directories, timers, self.uniques)
         self.looked = Looked()
         self.readahead = Readahead(host, share, self.listings.directories, timers, self.uniques)
+        self._caches: tuple[Cache, ...] = (
+            self.listings, self.renewals, self.xattrs, self.contents, self.looked, self.readahead,
+        )  # fmt: skip
         self.asking: dict[int, int] = {}
         """By node, how many GETATTR are unanswered."""
         self.locking: dict[int, Pause | None] = {}
@@ -244,22 +260,14 @@ class Volume:
 
     def void(self) -> None:
         """The session has ended, and with it all that was promised in it."""
-        self.listings.void()
-        self.renewals.void()
-        self.xattrs.void()
-        self.contents.void()
-        self.readahead.void()
+        for cache in self._caches:
+            cache.void()
         self.promises.void()
-        self.looked.forget()
 
     def take_back(self, changed: Changed) -> None:
         """What the host has promised does not hold any more. Raises ``RemoteProtocolError`` if it says too much."""
-        self.listings.directories.changed(changed)
-        self.renewals.changed(changed)
-        self.xattrs.drop((*changed.nodes, *changed.attributes_only, *changed.directories))
-        self.contents.drop(*changed.nodes)
-        self.looked.forget()
-        self.readahead.drop(*changed.nodes)
+        for cache in self._caches:
+            cache.changed(changed)
         if self.asking and not self.asking.keys().isdisjoint(changed.nodes):
             changed = self._hold_back(changed)
         self.promises.take_back(changed)
@@ -333,7 +341,7 @@ class Volume:
     def name_changed(self, directory: int, name: bytes, above: bytes, change: NameChange) -> None:
         """The guest itself has made or removed ``name``; to be said before it is answered. ``above``: attributes of the
         directory that are promised now, for which the kernel will ask."""
-        self.looked.forget()
+        self.looked.void()
         self.promises.name_changed(directory, name)
         self.renewals.void()  # another name of what was told may be gone, and how many it has with it
         self.listings.directories.name_changed(directory, name, change)
@@ -351,7 +359,7 @@ class Volume:
 
     def renamed(self, old: tuple[int, bytes], new: tuple[int, bytes], outcome: Renamed) -> None:
         """The same of a rename: directories and names."""
-        self.looked.forget()
+        self.looked.void()
         self.promises.renamed(old, new, outcome.node, expire=not outcome.promise & NAME)
         change = NameChange.UNLINKED if outcome.files else NameChange.MOVED
         self.listings.directories.name_changed(*old, change)
@@ -364,12 +372,8 @@ class Volume:
 
     def data_changed(self, node: int) -> None:
         """The guest itself has changed the data or the attributes of ``node``."""
-        self.listings.directories.touch(node)
-        self.renewals.touched(node)
-        self.xattrs.drop((node,))
-        self.contents.drop(node)
-        self.looked.forget()
-        self.readahead.drop(node)
+        for cache in self._caches:
+            cache.drop(node)
         if not self.is_alone:
             self._tell_others(Changed(self.share, nodes=[node], through=[0]))
 

@@ -9,11 +9,11 @@ told (FAN_ATTRIB). Values are not kept.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from guest_agent.fuse.host import Ask
-from protocol.files import ATTRIBUTES, MAX_MANY, ListXattr, XattrNames
+from protocol.files import ATTRIBUTES, MAX_MANY, Changed, ListXattr, XattrNames
 
 MAX_KNOWN: Final = 65_536
 """Nodes, some 100 bytes each."""
@@ -76,7 +76,11 @@ class Xattrs:
             if len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
 
-    def drop(self, nodes: Iterable[int]) -> None:
+    def changed(self, changed: Changed) -> None:
+        """The host says so."""
+        self.drop(*changed.nodes, *changed.attributes_only, *changed.directories)
+
+    def drop(self, *nodes: int) -> None:
         """They have changed, or nobody tells any more whether they do."""
         for node in nodes:
             self._known.pop(node, None)
