@@ -14,26 +14,25 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 import asyncssh
 import trio
 
 from host_agent import clock_jumps
 from host_agent.groups import collapsed
-from host_agent.remote import bridge, connection
+from host_agent.remote import asyncio_thread, bridge, connection
+from host_agent.remote.asyncio_thread import AsyncioThread
 from host_agent.remote.bridge import Finished
 from host_agent.remote.connection import Prompts, Refused, Unreachable
 from host_agent.remote.machine import Address
 from host_agent.remote.way import Condition
 from protocol.api import LinkState
 
-T = TypeVar("T")
 S = TypeVar("S", bound=bridge.Session)
 
 logger = logging.getLogger(__name__)
@@ -147,28 +146,22 @@ class SshLines:
         await self._first.carry(listener_path, command, on_end)
 
 
-class SshThread:
+class SshThread(AsyncioThread):
     """A line to a machine, in a thread."""
 
     def __init__(self, address: Address, prompts: Prompts | None = None) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._loop = asyncio.new_event_loop()
+        super().__init__("ssh")
         self._line = _Line(address, prompts, self._changed)
         self._tell: list[Callable[[Condition], None]] = []
         self._condition = Condition(LinkState.CONNECTING, time.time())
-        self._thread = threading.Thread(target=self._run_loop, name="ssh", daemon=True)
 
     def start(self) -> None:
         """Connect, and connect again, until ``aclose``."""
-        self._thread.start()
+        super().start()
         asyncio.run_coroutine_threadsafe(self._line.keep(), self._loop)
 
-    async def aclose(self) -> None:
-        """End the line, and the thread. Nothing may be waited for any more."""
-        with trio.CancelScope(shield=True):
-            await self._call(self._line.close)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            await trio.to_thread.run_sync(self._thread.join)
+    async def _close(self) -> None:
+        await self._line.close()
 
     @property
     def condition(self) -> Condition:
@@ -221,44 +214,6 @@ class SshThread:
                 self._in_trio(on_end, finished)
 
         await self._call(lambda: self._line.carry(listener_path, command, ended))
-
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            for task in (left := asyncio.all_tasks(self._loop)):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
-
-    async def _call(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run something of asyncio's, and wait for its end; cancelled, it is cancelled there and has ended here."""
-        done = trio.Event()
-        task: asyncio.Task[T]
-
-        def begin() -> None:
-            nonlocal task
-            task = self._loop.create_task(ask())
-            task.add_done_callback(lambda _: self._in_trio(done.set))
-
-        self._loop.call_soon_threadsafe(begin)
-        try:
-            await done.wait()
-        except trio.Cancelled:
-            self._loop.call_soon_threadsafe(lambda: self._loop.create_task(_end(task)))
-            with trio.CancelScope(shield=True):
-                await done.wait()
-            if not task.cancelled():
-                task.exception()  # looked at; what was wanted is to end
-            raise
-        return task.result()
-
-    def _in_trio(self, tell: Callable[..., object], *words: object) -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(tell, *words)
 
     def _changed(self, condition: Condition) -> None:
         self._in_trio(self._publish, condition)
@@ -343,7 +298,7 @@ class _Line:
 
     async def close(self) -> None:
         if self._keeping is not None:
-            await _end(self._keeping)
+            await asyncio_thread.end(self._keeping)
 
     def hurry(self) -> None:
         self._hurry.set()
@@ -420,8 +375,8 @@ class _Line:
             try:
                 await asyncio.wait([closed, serving], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                await _end(serving)
-                await _end(closed)
+                await asyncio_thread.end(serving)
+                await asyncio_thread.end(closed)
             if serving.done() and not serving.cancelled() and (error := serving.exception()) is not None:
                 raise error
 
@@ -463,7 +418,7 @@ class _Line:
                         return_when=asyncio.FIRST_COMPLETED,
                     )
                 finally:
-                    await _end(watching)
+                    await asyncio_thread.end(watching)
                 if not session.ended.done():
                     return False
             finally:
@@ -508,13 +463,6 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             yield listener
         finally:
             path.unlink(missing_ok=True)
-
-
-async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel it, until it has ended: asyncio's ``wait_for``, which asyncssh uses, may swallow a cancellation."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=1.0)
 
 
 def _said(errors: list[Exception | None]) -> str:
