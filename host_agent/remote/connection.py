@@ -2,10 +2,9 @@
 
 The law: what ssh would refuse, this refuses. Host keys are checked strictly, for each machine on the way (ProxyJump);
 ~/.ssh/config, the agent and the keys are the user's; and somebody is only asked where ``Prompts`` were given. Every
-failure is a ``UserError``: ``Refused`` does not get better by trying again, ``Unreachable`` may.
+failure is a ``UserError`` (``failures``).
 
-asyncssh opens a ProxyJump with options of its own, fails over an IdentityFile that is missing and over "none", and
-does not know the system's files: all of that is done here, from the configuration that it has read.
+asyncssh opens a ProxyJump with options of its own; that is done here, from the configuration that it has read.
 """
 
 from __future__ import annotations
@@ -13,19 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shlex
-import socket
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, ParamSpec, Protocol, TypeVar
 
 import asyncssh
 
-from host_agent.errors import ExitCode, UserError
-from host_agent.remote import known_hosts
-from host_agent.remote.machine import Address
+from host_agent.errors import UserError
+from host_agent.remote import known_hosts, ssh_config
+from host_agent.remote.failures import Refused, Unreachable, explained, try_it
+from host_agent.remote.machine import Address, shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,6 +42,9 @@ KEEPALIVE_COUNT: Final = 3
 #: How often somebody is asked for the same secret, as ssh does.
 ATTEMPTS: Final = 3
 
+#: Lines of a question of the machine's that are shown.
+MAX_LINES: Final = 20
+
 #: Machines on the way to one: a configuration whose jumps lead in a circle has more.
 MAX_JUMPS: Final = 8
 
@@ -60,27 +60,8 @@ CIPHERS: Final = (
     "aes128-ctr",
 )
 
-#: In ~/.ssh, as ssh tries them.
-USUAL_KEYS: Final = ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk")
-
-SYSTEM: Final = Path("/etc/ssh")
-
 # It tells of each connection, each command and each window; what matters is raised.
 asyncssh.set_log_level(logging.WARNING)
-
-
-class Refused(UserError):
-    """Does not get better by trying again."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint, ExitCode.GUEST)
-
-
-class Unreachable(UserError):
-    """May get better by itself."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint, ExitCode.GUEST)
 
 
 class Prompts(Protocol):
@@ -108,7 +89,7 @@ async def connect(
         async with asyncio.timeout(patience) as limit:
             return await _Dial(prompts, limit, patience, lost).dial(target, 0)
     except TimeoutError:
-        raise Unreachable(f"{target} has not answered within {patience:.0f} s.", _try(target)) from None
+        raise Unreachable(f"{target} has not answered within {patience:.0f} s.", try_it(target)) from None
 
 
 async def end(connection: asyncssh.SSHClientConnection) -> None:
@@ -117,12 +98,6 @@ async def end(connection: asyncssh.SSHClientConnection) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(END_PATIENCE):
             await connection.wait_closed()
-
-
-def _try(target: Address) -> str:
-    """A hint: what shows the same failure with more words."""
-    words = ["ssh", *(["-p", str(target.port)] if target.port else [])]
-    return f"Try it with: {shlex.join([*words, (f'{target.user}@' if target.user else '') + target.host])}"
 
 
 class _Dial:
@@ -145,7 +120,7 @@ class _Dial:
     ) -> asyncssh.SSHClientConnection:
         if depth > MAX_JUMPS:
             raise Refused(f"The ProxyJump lines of ~/.ssh/config lead to {target.host} in a circle.")
-        given = await self._given(target)
+        given = await ssh_config.read(target)
         if tunnel is None:
             tunnel = await self._jump(given, depth)
         try:
@@ -157,30 +132,6 @@ class _Dial:
         if tunnel is not None:
             connection.set_tunnel(tunnel)  # ends with it
         return connection
-
-    async def _given(self, target: Address) -> asyncssh.SSHClientConnectionOptions:
-        """What the configuration says of a machine. No key is loaded yet."""
-        files = [file for file in (Path.home() / ".ssh/config", SYSTEM / "ssh_config") if _readable(file)]
-        try:
-            try:
-                return await self._read(target, files)
-            except asyncssh.ConfigParseError as error:
-                # The system's file is written for ssh alone, and not the user's to mend.
-                if not files or files[-1].parent != SYSTEM:
-                    raise
-                logger.info("%s is left out: %s", files[-1], error)
-                return await self._read(target, files[:-1])
-        except (asyncssh.ConfigParseError, ValueError, OSError) as error:
-            raise Refused(f"~/.ssh/config cannot be used: {error}.", _try(target)) from None
-
-    async def _read(self, target: Address, files: list[Path]) -> asyncssh.SSHClientConnectionOptions:
-        words: dict[str, Any] = {"host": target.host, "config": files, "client_keys": None}
-        if target.user is not None:
-            words["username"] = target.user
-        if target.port is not None:
-            words["port"] = target.port
-        # A `Match exec` runs a program, and files may be on a network.
-        return await asyncio.to_thread(lambda: asyncssh.SSHClientConnectionOptions(**words))
 
     async def _jump(
         self, given: asyncssh.SSHClientConnectionOptions, depth: int
@@ -205,17 +156,18 @@ class _Dial:
         last: bool,
     ) -> asyncssh.SSHClientConnection:
         """Raises ``Refused``, ``Unreachable`` or ``TimeoutError``."""
+        files = ssh_config.known_hosts_files(given)
         while True:
             known = await asyncio.to_thread(
-                known_hosts.look_up, _known_hosts_files(given), given.host, given.port, given.host_key_alias
+                known_hosts.look_up, files, given.host, given.port, given.host_key_alias
             )
             client = _Client(self, f"{given.username}@{given.host}", self._lost if last else lambda _: None)
             try:
                 return await asyncssh.connect(**self._words(target, given, known, client, tunnel))
             except asyncssh.HostKeyNotVerifiable as error:
-                await self._settle(target, given, known, client, str(error))
+                await self._settle(target, given, known, client, files[0], str(error))
             except Exception as error:  # what a server sends may come out of asyncssh as anything
-                raise _explained(error, target, given) from error
+                raise explained(error, target, given) from error
 
     def _words(
         self,
@@ -242,14 +194,18 @@ class _Dial:
             "agent_forwarding": False,
             "x11_forwarding": False,
             "tunnel": tunnel,
-            **_keys(given),
+            **ssh_config.keys(given),
         }
         if self._prompts is not None:
             words["passphrase"] = self.passphrase
-        if tunnel is not None or _is_none(given.proxy_command):
+        if tunnel is not None or ssh_config.is_none(given.proxy_command):
             words["proxy_command"] = None
         if config.get("HostKeyAlgorithms") is None:
             words["server_host_key_algs"] = list(known.algorithms)
+        if not config.get("Compression"):
+            words["compression_algs"] = [
+                "none"
+            ]  # or a machine could insist on it, and have a packet take any size
         if config.get("Ciphers") is None:
             words["encryption_algs"] = [*CIPHERS]
         return words
@@ -260,13 +216,16 @@ class _Dial:
         given: asyncssh.SSHClientConnectionOptions,
         known: known_hosts.Known,
         client: _Client,
+        file: Path,
         problem: str,
     ) -> None:
-        """A key that is not known: returns once it is. Raises ``Refused``."""
+        """A key that is not known: returns once it is, in ``file``. Raises ``Refused``."""
         key = client.offered
         name = known_hosts.listed_as(given.host, given.port, given.host_key_alias)
         if key is None:
-            raise Refused(f"{name} could not show that it is the machine it says: {problem}.", _try(target))
+            raise Refused(
+                f"{name} could not show that it is the machine it says: {shown(problem)}.", try_it(target)
+            )
         kind, fingerprint = key.get_algorithm(), key.get_fingerprint()
         if known.same_name:
             raise Refused(
@@ -277,9 +236,8 @@ class _Dial:
             raise Refused(
                 f"{name} is not known here; its key is {kind} {fingerprint}.",
                 "Compare that with what its owner says, and make it known by connecting once. "
-                + _try(target),
+                + try_it(target),
             )
-        file = Path.home() / ".ssh/known_hosts"
         try:
             await asyncio.to_thread(known_hosts.remember, file, name, key)
         except OSError as error:
@@ -290,7 +248,10 @@ class _Dial:
         assert self._prompts is not None
         answer = None
         for _ in range(ATTEMPTS):
-            before, answer = answer, await self.ask(f"Passphrase of the key {_short(file)}", secret=True)
+            before, answer = (
+                answer,
+                await self.ask(f"Passphrase of the key {ssh_config.short(file)}", secret=True),
+            )
             if answer is None or answer == before:
                 break
             try:
@@ -299,8 +260,8 @@ class _Dial:
                 continue
             return answer
         raise Refused(
-            f"The key {_short(file)} was not opened: its passphrase is missing or wrong.",
-            f"Give the key to your ssh-agent: ssh-add {shlex.quote(_short(file))}",
+            f"The key {ssh_config.short(file)} was not opened: its passphrase is missing or wrong.",
+            f"Give the key to your ssh-agent: ssh-add {shlex.quote(ssh_config.short(file))}",
         )
 
     @property
@@ -317,7 +278,7 @@ class _Dial:
         """Nobody is hurried: time stands still meanwhile."""
         self._limit.reschedule(None)
         try:
-            return await _in_a_thread(lambda: ask(*words, **more))
+            return await asyncio.to_thread(ask, *words, **more)
         finally:
             self._limit.reschedule(asyncio.get_running_loop().time() + self._patience)
 
@@ -350,13 +311,16 @@ class _Client(asyncssh.SSHClient):
     ) -> list[str] | None:
         answers = []
         for prompt, shown_while_typed in prompts:
-            answer = await self._fresh(
-                f"{self._account} asks: {prompt.strip()}", secret=not shown_while_typed
-            )
+            answer = await self._fresh(self._asks(prompt), secret=not shown_while_typed)
             if answer is None:
                 return None
             answers.append(answer)
         return answers
+
+    def _asks(self, prompt: str) -> str:
+        """A question of the machine's. Each line of it says whose it is: it might look like one of ours."""
+        lines = [line for text in prompt.splitlines()[:MAX_LINES] if (line := shown(text))]
+        return "\n".join(f"{self._account} asks: {line}" for line in lines or [""])
 
     async def _fresh(self, question: str, *, secret: bool = True) -> str | None:
         """None once it was asked too often, or the answer is one that was refused already."""
@@ -367,120 +331,3 @@ class _Client(asyncssh.SSHClient):
             return None
         self._answers.append(answer)
         return answer
-
-
-def _explained(
-    error: Exception, target: Address, given: asyncssh.SSHClientConnectionOptions
-) -> Refused | Unreachable:
-    """Why there is no connection, in a sentence."""
-    where = f"{given.host}:{given.port}"
-    if isinstance(error, Refused | Unreachable):
-        return error
-    if isinstance(error, asyncssh.PermissionDenied):
-        return Refused(
-            f"{where} lets {given.username} in with none of the keys there are.",
-            f"It must be possible to log in with a key, from your ssh-agent or ~/.ssh. {_try(target)}",
-        )
-    if isinstance(error, asyncssh.DisconnectError) and "authentication failures" in error.reason:
-        return Refused(
-            f"{where} had seen enough keys before one that lets {given.username} in.",
-            f"Name the right one in ~/.ssh/config, with IdentityFile and IdentitiesOnly yes. {_try(target)}",
-        )
-    if isinstance(error, asyncssh.KeyExchangeFailed | asyncssh.ProtocolNotSupported):
-        return Refused(f"{where} and this machine have no way to speak to each other: {error}.", _try(target))
-    if isinstance(error, socket.gaierror):
-        return Unreachable(f"There is no address for {given.host}: {error.strerror}.", _try(target))
-    if isinstance(error, ConnectionRefusedError):
-        return Unreachable(f"{where} refuses connections: is sshd running there?", _try(target))
-    if isinstance(error, asyncssh.Error):
-        return Unreachable(f"The connection to {where} failed: {error.reason or error}.", _try(target))
-    if isinstance(error, OSError):
-        return Unreachable(f"{where} cannot be reached: {error.strerror or error}.", _try(target))
-    if isinstance(error, ValueError):  # a key, or a word of the configuration
-        return Refused(f"{where} cannot be connected to: {error}.", _try(target))
-    return Unreachable(f"The connection to {where} failed: {error!r}.", _try(target))
-
-
-async def _in_a_thread(ask: Callable[[], T]) -> T:
-    """As ``asyncio.to_thread``, for what may never return: nobody waits for that thread."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def tell(settle: Callable[[Any], None], result: object) -> None:
-        if not answer.done():
-            settle(result)
-
-    def run() -> None:
-        try:
-            words: tuple[Callable[[Any], None], object] = (answer.set_result, ask())
-        except BaseException as error:
-            words = (answer.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, *words)
-
-    threading.Thread(target=run, name="prompt", daemon=True).start()
-    return await answer
-
-
-def _known_hosts_files(given: asyncssh.SSHClientConnectionOptions) -> list[Path]:
-    """The user's and the system's, or those that the configuration names."""
-    user = given.config.get("UserKnownHostsFile")
-    system = given.config.get("GlobalKnownHostsFile")
-    return [
-        *(
-            [Path.home() / ".ssh/known_hosts", Path.home() / ".ssh/known_hosts2"]
-            if user is None
-            else _paths(user)
-        ),
-        *([SYSTEM / "ssh_known_hosts", SYSTEM / "ssh_known_hosts2"] if system is None else _paths(system)),
-    ]
-
-
-def _keys(given: asyncssh.SSHClientConnectionOptions) -> dict[str, Any]:
-    """Which keys there are: those that the configuration names, or the usual ones.
-
-    ssh passes over what is not there, and what is only a public key is the agent's to use. (Without a list asyncssh
-    takes the usual ones, too, and cannot ask for their passphrases.)
-    """
-    config = given.config
-    named = _paths(config.get("IdentityFile", ()))
-    usual = [Path.home() / ".ssh" / name for name in USUAL_KEYS]
-    private = [str(path) for path in named or usual if _has_private_key(path)]
-    words: dict[str, Any] = {"ignore_encrypted": True, "client_keys": private}
-    if config.get("IdentitiesOnly") and named:
-        public = [path if path.suffix == ".pub" else path.with_name(path.name + ".pub") for path in named]
-        words["agent_identities"] = [str(path) for path in public if _readable(path)]
-    agent = config.get("IdentityAgent")
-    if agent is not None and _is_none(agent):
-        words["agent_path"] = None
-    return words
-
-
-def _paths(value: object) -> list[Path]:
-    """Of an option that may name several files, or none."""
-    names = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
-    return [Path(name).expanduser() for name in names if not _is_none(name)]
-
-
-def _is_none(value: object) -> bool:
-    """How an option is switched off; a command is a list of words."""
-    words = value if isinstance(value, list | tuple) else [value]
-    return len(words) == 1 and str(words[0]).lower() == "none"
-
-
-def _has_private_key(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return b"PRIVATE KEY" in file.read(4096)
-    except OSError:
-        return False
-
-
-def _readable(path: Path) -> bool:
-    return path.is_file() and os.access(path, os.R_OK)
-
-
-def _short(file: str) -> str:
-    """With ~ for the home folder."""
-    path = Path(file)
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else file

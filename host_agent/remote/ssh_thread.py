@@ -28,7 +28,8 @@ from host_agent.groups import collapsed
 from host_agent.remote import asyncio_thread, bridge, connection
 from host_agent.remote.asyncio_thread import AsyncioThread
 from host_agent.remote.bridge import Finished
-from host_agent.remote.connection import Prompts, Refused, Unreachable
+from host_agent.remote.connection import Prompts
+from host_agent.remote.failures import Refused, Unreachable, said
 from host_agent.remote.machine import Address
 from host_agent.remote.way import Condition
 from protocol.api import LinkState
@@ -253,6 +254,11 @@ class _Line:
                 return
             except Unreachable as error:
                 await self._set(None, error)
+            except Exception as error:  # a bug, here or in asyncssh, is not to be the end of all attempts
+                logger.exception("the line to %s has failed", self._address)
+                await self._set(
+                    None, Unreachable(f"The connection to {self._address} failed: {said(error)}.")
+                )
             if time.monotonic() - began > STEADY:
                 pause = FIRST_PAUSE
             self._hurry.clear()
@@ -274,7 +280,7 @@ class _Line:
         finally:
             self._connection = None
             await connection.end(made)
-        raise Unreachable(f"The connection to {self._address} was lost: {_said(why)}.")
+        raise Unreachable(f"The connection to {self._address} was lost: {said(why[0] if why else None)}.")
 
     async def _set(
         self, made: asyncssh.SSHClientConnection | None, reason: Refused | Unreachable | None
@@ -353,7 +359,7 @@ class _Line:
         if session.too_much:
             raise Unreachable(f"{self._address} has said more than {MAX_OUTPUT} bytes.")
         if lost is not None:
-            raise Unreachable(f"The connection to {self._address} was lost: {_said([lost])}.")
+            raise Unreachable(f"The connection to {self._address} was lost: {said(lost)}.")
         return Finished(session.status, bytes(session.out), session.said)
 
     async def _open(self, made: asyncssh.SSHClientConnection, session: Callable[[], S], command: str) -> S:
@@ -363,7 +369,7 @@ class _Line:
                 session, command, encoding=None, request_pty=False, window=bridge.WINDOW
             )
         except (asyncssh.Error, OSError) as error:
-            raise Unreachable(f"{self._address} has not started a command: {_said([error])}.") from error
+            raise Unreachable(f"{self._address} has not started a command: {said(error)}.") from error
         return cast(S, opened)
 
     async def carry(self, path: Path, command: str, ended: OnEnd) -> None:
@@ -463,13 +469,3 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             yield listener
         finally:
             path.unlink(missing_ok=True)
-
-
-def _said(errors: list[Exception | None]) -> str:
-    """Why, as a clause."""
-    error = errors[0] if errors else None
-    if isinstance(error, asyncssh.ConnectionLost) or error is None:
-        return "the machine or the network between has closed it"
-    if isinstance(error, asyncssh.Error):
-        return error.reason or type(error).__name__
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from host_agent.errors import UserError
-from host_agent.remote import connection, ssh_thread
-from host_agent.remote.connection import Refused, Unreachable
+from host_agent.remote import connection, ssh_config, ssh_thread
+from host_agent.remote.failures import Refused, Unreachable
 from host_agent.remote.machine import Address
 from host_agent.remote.ssh_thread import Finished, SshLines
 from protocol.api import LinkState
@@ -45,7 +45,7 @@ def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
     made = Client.make(folder / "home")
     monkeypatch.setenv("HOME", str(made.home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    monkeypatch.setattr(connection, "SYSTEM", folder / "etc")
+    monkeypatch.setattr(ssh_config, "SYSTEM", folder / "etc")
     monkeypatch.setattr(ssh_thread, "LONGEST_PAUSE", 1.0)
     return made
 

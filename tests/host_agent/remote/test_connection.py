@@ -13,9 +13,10 @@ from pathlib import Path
 import asyncssh
 import pytest
 
-from host_agent.remote import connection
-from host_agent.remote.connection import Prompts, Refused, Unreachable, connect
-from host_agent.remote.machine import Address
+from host_agent.remote import connection, ssh_config
+from host_agent.remote.connection import Prompts, connect
+from host_agent.remote.failures import Refused, Unreachable
+from host_agent.remote.machine import MAX_SENTENCE, Address
 
 PATIENCE = 60.0
 
@@ -79,18 +80,23 @@ class Questions(asyncssh.SSHServer):
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    monkeypatch.setattr(connection, "SYSTEM", tmp_path / "etc")
+    monkeypatch.setattr(ssh_config, "SYSTEM", tmp_path / "etc")
     return tmp_path
 
 
 def attempt(
-    server: Callable[[], asyncssh.SSHServer], prompts: Prompts | None, patience: float = PATIENCE
+    server: Callable[[], asyncssh.SSHServer],
+    prompts: Prompts | None,
+    patience: float = PATIENCE,
+    **settings: object,
 ) -> int:
     """Connect to such a server; its port. Raises what ``connect`` raises."""
 
     async def go() -> int:
         key = asyncssh.generate_private_key("ssh-ed25519")
-        async with asyncssh.listen("127.0.0.1", 0, server_host_keys=[key], server_factory=server) as listener:
+        async with asyncssh.listen(
+            "127.0.0.1", 0, server_host_keys=[key], server_factory=server, **settings
+        ) as listener:
             port = listener.get_port()
             made = await connect(Address("127.0.0.1", "me", port), prompts, patience=patience)
             await connection.end(made)
@@ -131,6 +137,29 @@ def test_the_machines_own_questions() -> None:
     assert person.asked == [("me@127.0.0.1 asks: Your name:", False), ("me@127.0.0.1 asks: Code:", True)]
 
 
+def test_each_line_of_a_machines_question_says_whose_it_is() -> None:
+    class Posing(Questions):
+        def get_kbdint_challenge(
+            self, username: str, lang: str, submethods: str
+        ) -> tuple[str, str, str, list[tuple[str, bool]]]:
+            prompt = "Code\x1b[2K\r\n\nPassphrase of the key ~/.ssh/id_ed25519:\n" + "x\n" * 1000
+            return "", "", "", [(prompt, True)]
+
+        def validate_kbdint_response(self, username: str, responses: list[str]) -> bool:
+            return True
+
+    person = Person(["me"])
+    attempt(Posing, person)
+    ((question, _),) = person.asked
+    first, second, *more = question.split("\n")
+    assert (first, second) == (
+        "me@127.0.0.1 asks: Code",
+        "me@127.0.0.1 asks: Passphrase of the key ~/.ssh/id_ed25519:",
+    )
+    assert set(more) == {"me@127.0.0.1 asks: x"}
+    assert len(more) < connection.MAX_LINES
+
+
 def test_who_gives_up_is_not_let_in() -> None:
     with pytest.raises(Refused):
         attempt(Questions, Person([None]))
@@ -143,6 +172,57 @@ def test_nobody_is_hurried_while_they_think() -> None:
             return super().ask(question, secret=secret)
 
     attempt(Passwords, Slow(["right"]), patience=2.5)
+
+
+@pytest.mark.parametrize(
+    ("named", "written"),
+    [("/dev/null", "known_hosts"), ("none", "known_hosts"), ("~/.ssh/mine /nonexistent", "mine")],
+)
+def test_a_key_that_is_trusted_is_found_again_whatever_the_configuration_says(
+    home: Path, named: str, written: str
+) -> None:
+    configure(home, f"UserKnownHostsFile {named}")
+    attempt(Passwords, Person(["right"]))
+    assert " ssh-ed25519 " in (home / ".ssh" / written).read_text()
+
+
+def test_a_machine_cannot_insist_on_compression(home: Path) -> None:
+    """Of which a packet of a few kB may be any size."""
+    packed = {"compression_algs": ["zlib@openssh.com"]}
+    with pytest.raises(Refused, match="no way to speak"):
+        attempt(Passwords, Person(["right"]), **packed)
+    configure(home, "Compression yes")
+    attempt(Passwords, Person(["right"]), **packed)
+
+
+def test_what_a_machine_says_when_it_ends_the_connection_is_bounded_and_plain() -> None:
+    class Rude(Passwords):
+        def begin_auth(self, username: str) -> bool:
+            raise asyncssh.DisconnectError(2, "go\x1b[2J\naway " + "!" * 20_000)
+
+    with pytest.raises(Unreachable) as refused:
+        attempt(Rude, Person(["right"]))
+    assert "failed: go away !!" in refused.value.message
+    assert refused.value.message.isprintable()
+    assert len(refused.value.message) < 2 * MAX_SENTENCE
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_where_only_one_key_counts_no_other_of_the_agents_is_shown(home: Path, public: bool) -> None:
+    configure(home, "IdentityFile ~/.ssh/one\nIdentitiesOnly yes")
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    key.write_private_key(home / ".ssh/one")
+    expected: dict[str, object] = {"agent_path": None}
+    if public:
+        key.write_public_key(home / ".ssh/one.pub")
+        expected = {"agent_identities": [str(home / ".ssh/one.pub")]}
+    words = ssh_config.keys(asyncio.run(ssh_config.read(Address("box"))))
+    assert words == {"ignore_encrypted": True, "client_keys": [str(home / ".ssh/one")]} | expected
+
+
+def configure(home: Path, config: str) -> None:
+    (home / ".ssh").mkdir(exist_ok=True)
+    (home / ".ssh/config").write_text(f"{config}\n")
 
 
 @contextmanager
