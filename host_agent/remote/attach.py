@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -187,7 +188,9 @@ class Attempt:
         before = record.load(paths) or Attached(self.address, session_name(paths.home, paths.name))
         wanted = before if wishes.keep is None else replace(before, keep=wishes.keep)
         found = groups.run(self._reach, wanted)
-        specs = folders.chosen(wishes.mounts, paths.home.root, found.capabilities.home)
+        home = found.capabilities.home
+        wanted = replace(wanted, program=shlex.join(found.program), home=home)
+        specs = folders.chosen(wishes.mounts, paths.home.root, home)
         if state.is_locked(paths.lock):
             groups.run(starting.abandon, paths)
             groups.run(ending.lock_is_free, paths)

@@ -130,6 +130,7 @@ class AttachedAgent(InstanceAgent):
         try:
             await self._guest.wait(START_TIME)
         except LinkError as error:
+            await self._end_there()
             raise UserError(
                 f"the agent on {self._address} does not answer: {shown(self._last_words) or error}",
                 "see: agentctl logs",
@@ -149,7 +150,9 @@ class AttachedAgent(InstanceAgent):
         except UserError:
             if state.load(self._paths.state).agent_restarts == 0 or self._condition.final:
                 raise
-            while self._condition.state is not LinkState.CONNECTED:
+            while (now := self._condition).state is not LinkState.CONNECTED:
+                if now.final:
+                    raise UserError(now.reason, now.hint, ExitCode.GUEST) from None
                 await self._news.wait()
 
     async def _bring_agent(self) -> None:
@@ -239,11 +242,19 @@ class AttachedAgent(InstanceAgent):
     # --- ends -------------------------------------------------------------------------------------
 
     async def _shut_down(self) -> None:
+        if self._record.keep and not self._forced.is_set():
+            self._let_go()
+        else:
+            await self._end_there()
+
+    def _let_go(self) -> None:
+        """Whoever connected once more would have what ends there started again."""
         if self._carriers is not None:
-            # Whoever connected once more would have what ends there started again.
             self._carriers.cancel_scope.cancel()
-        kept = self._record.keep and not self._forced.is_set()
-        if kept or not self._record.program or self._way is None:
+
+    async def _end_there(self) -> None:
+        self._let_go()
+        if not self._record.program or self._way is None:
             return
         reason = f"it did not end within {END_TIME:.0f} s"
         with trio.move_on_after(END_TIME):
@@ -255,12 +266,11 @@ class AttachedAgent(InstanceAgent):
                 )
                 if done.status == 0:
                     return
-                reason = done.err.decode(errors="replace").strip() or f"status {done.status}"
+                reason = shown(done.err.decode(errors="replace")) or f"status {done.status}"
             except UserError as error:
                 reason = error.message
-        self._events.say(
-            "left-running", f"what runs on {self._address} ends by itself, in {GRACE:.0f} s: {reason}"
-        )
+        ends = "goes on, as it was to be kept" if self._record.keep else f"ends by itself, in {GRACE:.0f} s"
+        self._events.say("left-running", f"what runs on {self._address} {ends}: {reason}")
 
     # --- what is known ----------------------------------------------------------------------------
 
@@ -269,12 +279,8 @@ class AttachedAgent(InstanceAgent):
         status = await self._status(current, self._guest.current)
         condition, can = self._condition, self._installed and self._installed.capabilities
         if condition.state is not LinkState.CONNECTED and self._stage is Stage.RUNNING:
-            status = replace(
-                status,
-                detail=f"{self._address} is not reached: {condition.reason or 'connecting again'}",
-                hint=condition.hint
-                or f"it is tried again and again; to give up: agentctl detach {self._paths.name}",
-            )
+            detail = f"{self._address} is not reached: {condition.reason or 'connecting again'}"
+            status = replace(status, detail=detail, hint=condition.hint or self._what_helps())
         paths = self._paths
         return replace(
             status,
@@ -298,6 +304,12 @@ class AttachedAgent(InstanceAgent):
                 keep=self._record.keep,
             ),
         )
+
+    def _what_helps(self) -> str:
+        name = self._paths.name
+        if self._condition.final:
+            return f"it is not tried again; when that is mended: agentctl attach {name}"
+        return f"it is tried again and again; to give up: agentctl detach {name}"
 
     async def reload(self) -> list[str]:
         """There is nothing of ours to run over there."""

@@ -18,6 +18,7 @@ from host_agent import state
 from host_agent.client import connected
 from host_agent.configuration import config as configuration
 from host_agent.errors import ExitCode, UserError
+from host_agent.guest_link import GuestLink
 from host_agent.instance_agent import Inherited
 from host_agent.paths import InstancePaths
 from host_agent.remote import answers, record
@@ -27,7 +28,7 @@ from host_agent.state import InstanceState
 from protocol import execio
 from protocol.api import Exec, GetDisk, GetStatus, InstanceStatus, LinkState, PortRule, Stage, StopInstance
 from protocol.capabilities import Capabilities, Docker, Problem
-from protocol.errors import RemoteFailure
+from protocol.errors import LinkError, RemoteFailure
 from protocol.link import Link
 from tests.host_agent.remote.shell_way import PYTHONPATH, ShellWay
 
@@ -170,6 +171,8 @@ async def test_a_connection_that_is_lost_is_said_and_comes_back(
         assert (status.attached.link, status.attached.reason) == (LinkState.LOST, "it does not answer")
         assert "me@machine is not reached: it does not answer" in status.detail
         assert "agentctl detach default" in status.hint
+        way.now(LinkState.LOST, "another host key", final=True)
+        assert "agentctl attach default" in (await served.status()).hint
         way.now(LinkState.CONNECTED)
         status = await served.until_ready()
         assert status.agent_sessions > first.agent_sessions
@@ -215,6 +218,35 @@ async def test_a_successor_does_not_go_on_where_that_is_of_no_use(
         with trio.fail_after(PATIENCE):
             await served.over.wait()
     assert state.load(attached.state).failure == "another host key"
+
+
+async def test_nor_where_it_turns_out_to_be_of_no_use_later(attached: InstancePaths, way: ShellWay) -> None:
+    state.save(attached.state, InstanceState(wanted=True, agent_restarts=1))
+    way.refuses = UserError("no route to host")
+    async with running(attached, way) as served:
+        await served.until(lambda status: status.attached is not None and status.attached.reason != "")
+        way.now(LinkState.LOST, "another host key", final=True)
+        with trio.fail_after(PATIENCE):
+            await served.over.wait()
+    assert state.load(attached.state).failure == "another host key"
+
+
+async def test_a_start_that_fails_leaves_nothing_running_there(
+    attached: InstancePaths, way: ShellWay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of what would have been kept."""
+
+    async def unheard(self: GuestLink, patience: float) -> None:
+        await until_both_run(way)
+        raise LinkError("no answer")
+
+    record.save(attached, replace(record.load(attached) or Attached("", ""), keep=True))
+    monkeypatch.setattr(GuestLink, "wait", unheard)
+    async with running(attached, way) as served:
+        with trio.fail_after(PATIENCE):
+            await served.over.wait()
+    assert "does not answer: no answer" in state.load(attached.state).failure
+    assert daemons(way) == []
 
 
 async def test_what_is_to_be_kept_runs_on_unless_it_is_forced(attached: InstancePaths, way: ShellWay) -> None:
