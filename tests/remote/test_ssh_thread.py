@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from host_agent.errors import UserError
-from host_agent.remote import connection, ssh_config, ssh_thread
+from host_agent.remote import connection, ssh_config, ssh_line, ssh_thread
 from host_agent.remote.failures import Refused, Unreachable
 from host_agent.remote.machine import Address
 from host_agent.remote.ssh_thread import Finished, SshLines
@@ -46,7 +46,7 @@ def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
     monkeypatch.setenv("HOME", str(made.home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     monkeypatch.setattr(ssh_config, "SYSTEM", folder / "etc")
-    monkeypatch.setattr(ssh_thread, "LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr(ssh_line, "LONGEST_PAUSE", 1.0)
     return made
 
 
@@ -679,7 +679,7 @@ async def test_silence_is_a_loss_at_once_after_this_machine_has_slept(
     sshd: Sshd, client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keepalives alone would take a minute; a jump of the clock asks at once."""
-    monkeypatch.setattr(ssh_thread, "PROOF_INTERVAL", 0.2)
+    monkeypatch.setattr(ssh_line, "PROOF_INTERVAL", 0.2)
     client.may_enter(sshd)
     with DelayLine(f"{sshd.address}:{sshd.port}") as delay:
         client.trust(sshd, delay.port)
