@@ -102,8 +102,12 @@ def environment(account: Account, target: Exec) -> dict[str, str]:
 
 
 def working_directory(account: Account, target: Exec) -> str:
-    """The first that exists of what was asked for, the home and the root."""
-    return next((path for path in (target.cwd, account.home) if path and os.path.isdir(path)), "/")
+    """The first that exists of what was asked for, the home and the root. Raises ``CannotExecute`` where another one
+    will not do."""
+    wanted = os.path.join(account.home, target.cwd) if target.cwd else ""
+    if wanted and target.cwd_required and not os.path.isdir(wanted):
+        raise CannotExecute(NOT_EXECUTABLE, f"{wanted}: No such folder")
+    return next((path for path in (wanted, account.home) if path and os.path.isdir(path)), "/")
 
 
 def find_program(name: str, search: str, cwd: str) -> str:

@@ -350,9 +350,10 @@ class WindowSize:
 class Exec(Target):
     """A process in the guest; the stream carries ``protocol.execio`` packets both ways.
 
-    ``user`` empty means the default user; ``cwd`` empty means that user's home, and a ``cwd`` that
-    does not exist falls back to it. ``env`` is added to the user's environment. An empty ``argv`` is
-    the user's login shell. ``tty`` gives it a terminal of that size, else it gets three pipes.
+    ``user`` empty means the default user; ``cwd`` empty means that user's home, which a relative one begins at, and
+    a ``cwd`` that does not exist falls back to it, unless it is ``cwd_required``. ``env`` is added to the user's
+    environment. An empty ``argv`` is the user's login shell. ``tty`` gives it a terminal of that size, else it gets
+    three pipes.
     """
 
     KIND: ClassVar[str] = "exec"
@@ -362,6 +363,7 @@ class Exec(Target):
     cwd: str = ""
     user: str = ""
     tty: WindowSize | None = None
+    cwd_required: bool = False
 
 
 # --- guest -> host ---------------------------------------------------------------------------------

@@ -28,7 +28,10 @@ from protocol.link import Link
 )
 @click.option("-u", "--user", default="", help="User of the guest; the default is the one named like you.")
 @click.option(
-    "-w", "--workdir", default="", help="Folder of the guest to run in; the default is this one, if shared."
+    "-w",
+    "--workdir",
+    default="",
+    help="Folder over there to run in, as seen from the home there; the default is this one, if shared.",
 )
 @click.option("-e", "--env", "variables", multiple=True, metavar="NAME=VALUE", help="Set a variable.")
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -75,6 +78,7 @@ def run_in_guest(
         argv=argv,
         env=environment,
         cwd=workdir.otherwise,
+        cwd_required=bool(workdir.otherwise) and not workdir.shared,
         user=user,
         tty=terminal.window_size() if with_tty else None,
     )

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -289,6 +290,19 @@ async def test_who_has_no_name_has_a_home_and_a_shell_all_the_same(
     monkeypatch.delenv("SHELL", raising=False)
     process = await run(host, "sh", "-c", "pwd; id -u; echo $USER $SHELL")
     assert process.stdout.decode() == f"{tmp_path}\n{os.geteuid()}\n{os.geteuid()} /bin/sh\n"
+
+
+def test_a_working_directory_is_seen_from_the_home(tmp_path: Path) -> None:
+    account = replace(spawn.find_account(""), home=str(tmp_path))
+    (tmp_path / "src").mkdir()
+    for cwd, where in (("src", tmp_path / "src"), ("", tmp_path), ("none", tmp_path), ("/", Path("/"))):
+        assert spawn.working_directory(account, Exec(["pwd"], cwd=cwd)) == str(where)
+
+
+async def test_where_only_one_working_directory_will_do_nothing_runs_elsewhere(host: Link) -> None:
+    process = await run(host, "pwd", cwd="no/such/folder", cwd_required=True)
+    assert (process.code, process.stdout) == (126, b"")
+    assert b"no/such/folder: No such folder" in process.stderr
 
 
 async def test_a_working_directory_that_does_not_exist_is_the_home(host: Link) -> None:
