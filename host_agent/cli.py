@@ -20,6 +20,9 @@ from host_agent.errors import ExitCode, UserError
 from host_agent.paths import DEFAULT_INSTANCE, check_name
 from protocol.errors import RemoteFailure
 
+#: What a group without a command of its own is, since click 8.2: its help, which is several lines.
+_NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
 
 def main() -> NoReturn:
     """The entry point: errors become a sentence, a hint and an exit code."""
@@ -35,6 +38,9 @@ def main() -> NoReturn:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
+        if isinstance(error, _NO_ARGUMENTS):
+            error.show()
+            sys.exit(ExitCode.USAGE)
         hint = (
             f"see: {error.ctx.command_path} --help"
             if isinstance(error, click.UsageError) and error.ctx

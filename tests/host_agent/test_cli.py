@@ -53,6 +53,13 @@ def test_every_command_explains_itself(
     assert len(shown.splitlines()) >= 5
 
 
+def test_without_a_command_of_its_own_a_group_explains_itself_as_it_is_written(home: Home) -> None:
+    done = agentctl("forward")
+    shown = done.stdout + done.stderr  # which of them is click's to say, and has changed in 8.2
+    assert shown.startswith("Usage: agentctl forward [OPTIONS] COMMAND")
+    assert "\n  add " in shown
+
+
 def test_without_a_command_the_commands_are_shown(home: Home) -> None:
     done = process()
     assert done.returncode == 0
