@@ -78,7 +78,7 @@ def test_another_host_key_is_not_trusted(strange: Site) -> None:
     strange.user.known_hosts.write_text(f"[127.0.0.1]:{strange.line.port} {kind} {key}\n")
     accepted = strange.machine.log().count("Accepted")
     said = refused(strange)
-    assert "key" in said
+    assert "shows another key than the one known for it" in said
     assert strange.machine.log().count("Accepted") == accepted
 
 
@@ -92,14 +92,14 @@ def test_a_host_key_that_changes_later_ends_it_with_a_sentence(strange: Site) ->
     strange.user.known_hosts.write_text(f"[127.0.0.1]:{strange.line.port} {kind} {key}\n")
     strange.line.reset()
     strange.user.wait_connected(False)
-    eventually(lambda: "key" in strange.user.agentctl("status", check=False).stdout.decode())
+    eventually(lambda: "shows another key" in strange.user.agentctl("status", check=False).stdout.decode())
     assert not strange.user.status().get("guest_connected")
 
 
 def test_a_key_that_is_not_let_in(strange: Site) -> None:
     strange.sh(": >.ssh/authorized_keys")
     said = refused(strange)
-    assert "key" in said or "let" in said or "auth" in said.lower() or "log in" in said
+    assert f"lets {USER} in with none of the keys there are" in said
 
 
 # --- shells ----------------------------------------------------------------------------------------------
@@ -141,11 +141,12 @@ def test_garbage_instead_of_an_agent(strange: Site, command: str) -> None:
 def test_an_agent_that_turns_into_garbage(strange: Site) -> None:
     """It was let in, and is attached; then whatever it is asked for is answered with noise. And then it is back."""
     strange.user.attach()
+    accepted = strange.machine.log().count("Accepted")
     force(strange, "cat /dev/urandom")
     strange.line.reset()
     strange.user.wait_connected(False)
     agent = strange.user.status()["agent_pid"]
-    eventually(lambda: strange.machine.log().count("Accepted") > 3)
+    eventually(lambda: strange.machine.log().count("Accepted") >= accepted + 2)
     strange.sh("cp .ssh/authorized_keys.good .ssh/authorized_keys")
     strange.line.reset()
     strange.user.wait_connected()
