@@ -75,6 +75,7 @@ class SshLine:
         pause = FIRST_PAUSE
         while True:
             began = time.monotonic()
+            self._hurry.clear()  # before an attempt: whoever hurries during one that fails wants another at once
             try:
                 await self._stand()
             except Refused as error:
@@ -89,7 +90,6 @@ class SshLine:
                 )
             if time.monotonic() - began > STEADY:
                 pause = FIRST_PAUSE
-            self._hurry.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._hurry.wait()
