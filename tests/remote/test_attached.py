@@ -45,14 +45,16 @@ def test_it_is_listed_and_running(attached: Site) -> None:
     status = attached.user.status()
     assert status["stage"] == "running", status
     assert status["guest_connected"]
-    assert attached.user.agentctl("status").stdout
-    assert attached.user.agentctl("show", check=False).returncode in (0, 2)
+    shown = attached.user.agentctl("status").stdout.decode()
+    assert all(word in shown for word in ("running", "connected", attached.account, "mounts"))
 
 
 def test_what_reads_an_instance_reads_this_one(attached: Site) -> None:
     assert str(attached.share) in attached.user.agentctl("mounts").stdout.decode()
     attached.user.agentctl("ports")
-    attached.user.agentctl("top", "--once", check=False)
+    load = json.loads(attached.user.agentctl("top", "--once", "--json").stdout)
+    assert load["guest"], load
+    assert attached.there in json.dumps(load["mounts"])
 
 
 # --- ports -----------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def test_a_reset_is_waited_out(attached: Site) -> None:
     (attached.share / "held").write_text("held\n")
     with (
         attached.machine.start([PYTHON, "-c", WEB, "127.0.0.1", str(port)], USER),
-        attached.machine.start(["sh", "-c", "exec 3<share/held; read _; cat <&3"], USER) as holder,
+        attached.machine.start(
+            ["sh", "-c", "exec 3<share/held; until [ -e go-on ]; do sleep 0.1; done; cat <&3 >was-held"], USER
+        ),
     ):
         assert eventually(lambda: fetch(port)) == b"the page"
         for number in range(3):
@@ -81,7 +83,8 @@ def test_a_reset_is_waited_out(attached: Site) -> None:
             attached.sh(f"echo {number} >share/written{number}")
             assert (attached.share / f"written{number}").read_text() == f"{number}\n"
         assert eventually(lambda: fetch(port)) == b"the page"
-        assert holder.process.poll() is not None or attached.machine.fuse_mounts()
+        attached.sh("touch go-on")
+        eventually(lambda: attached.sh("cat was-held", status=None) == "held\n")
     everything_works(attached)
 
 
