@@ -24,6 +24,7 @@ from host_agent.errors import ExitCode, UserError
 from host_agent.remote import receiver
 from host_agent.remote.machine import parse_check, shown
 from host_agent.remote.payload import Payload
+from host_agent.remote.way import Finished
 from protocol.capabilities import Capabilities
 
 _NAMES: Final = tuple(f"python3.{minor}" for minor in range(14, 10, -1))
@@ -44,15 +45,6 @@ MAX_ANSWER: Final = 64 * 1024
 #: Old ones are left out, and those without ctypes or ssl (Debian's python3-minimal): trio imports both.
 _ENOUGH: Final = "import sys, ctypes, json, ssl; sys.exit(sys.version_info < (3, 11))"
 _RECEIVE: Final = "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
-
-
-class Finished(Protocol):
-    """A command on the machine that has ended."""
-
-    @property
-    def out(self) -> bytes: ...
-    @property
-    def err(self) -> bytes: ...
 
 
 class Machine(Protocol):
