@@ -186,12 +186,12 @@ def _recorded_failure(paths: InstancePaths) -> UserError | None:
     return UserError(current.failure, current.hint, ExitCode.of(current.failure_code))
 
 
-async def abandon(paths: InstancePaths) -> None:
-    """End an instance that was just being started, whatever it takes."""
+async def abandon(paths: InstancePaths, force: bool = True) -> None:
+    """End an instance that was just being started, whatever it takes; without ``force`` what is to be kept is."""
     state.save(paths.state, replace(state.load(paths.state), wanted=False))
     with contextlib.suppress(UserError, AgentctlProtocolError):
         async with connected(paths, patience=AGENT_START_TIME) as link:
-            await link.request(StopInstance(force=True), timeout=30)
+            await link.request(StopInstance(force), timeout=30)
 
 
 @contextlib.contextmanager

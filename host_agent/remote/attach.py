@@ -183,7 +183,8 @@ class Attempt:
 
     def _start(self) -> UpResult:
         """With ``paths.up_lock`` held. One that runs and has lost the machine is ended once that is reached from here:
-        what it goes on trying may need an answer."""
+        what it goes on trying may need an answer. It may be connected again by then, so what runs there to be kept
+        must be left alone."""
         paths, wishes = self.paths, self.wishes
         before = record.load(paths) or Attached(self.address, session_name(paths.home, paths.name))
         wanted = before if wishes.keep is None else replace(before, keep=wishes.keep)
@@ -192,7 +193,7 @@ class Attempt:
         wanted = replace(wanted, program=shlex.join(found.program), home=home)
         specs = folders.chosen(wishes.mounts, paths.home.root, home)
         if state.is_locked(paths.lock):
-            groups.run(starting.abandon, paths)
+            groups.run(starting.abandon, paths, not before.keep)
             groups.run(ending.lock_is_free, paths)
         record.save(paths, wanted)  # first: what the configuration is by default depends on it
         configuration.update(paths, lambda: _configured(paths, specs, wishes))

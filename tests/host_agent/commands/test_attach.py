@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from host_agent import starting, state
+from host_agent import ending, starting, state
 from host_agent.commands import attach as commands
 from host_agent.configuration import config as configuration
 from host_agent.errors import ExitCode, UserError
@@ -199,6 +199,32 @@ async def test_a_connection_that_is_lost_says_why_and_since_when(home: Home) -> 
     assert "7 attempts" in page.stdout
     assert "me@machine is not reached: it does not answer" in found.stdout
     assert found.returncode == ExitCode.GUEST
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_one_that_has_lost_its_machine_makes_room_and_leaves_what_is_kept(
+    home: Home, way: ShellWay, started: list[InstancePaths], monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    paths = attach_as(home, "box")
+    record.save(paths, Attached("me@machine", "box-0123", keep=keep))
+    forced = []
+
+    async def abandon(_: InstancePaths, force: bool = True) -> None:
+        await trio.lowlevel.checkpoint()
+        forced.append(force)
+
+    async def free(*_: object) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    monkeypatch.setattr(starting, "abandon", abandon)
+    monkeypatch.setattr(ending, "lock_is_free", free)
+    lost = Attachment("me@machine", LinkState.LOST, 1.0, "it does not answer")
+    async with attached_now(paths, Agent(status=replace(reached(), name="box", attached=lost))):
+        done = await typed("attach", "box")
+    assert done.returncode == 0, done.stderr
+    assert forced == [not keep]
+    assert started == [paths]
 
 
 @pytest.mark.parametrize(
