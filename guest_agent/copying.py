@@ -1,12 +1,17 @@
-"""The guest's end of ``agentctl cp``: ``python3 -m guest_agent.copying send PATH... | receive [--single] PATH``.
+"""The guest's end of ``agentctl cp``: ``python3 -m guest_agent.copying`` and
+
+  send PATH... | receive [--single] PATH           all of it, whatever is there
+  offer [--total] -- PATH...                       what the other side does not have, which answers on stdin
+  take [--single] -- PATH                          what is not here, which is answered on stdout
 
 A process of its own, as the user whose files they are; the records of ``protocol.treecopy`` are on its stdout or
 stdin. It says what it cannot copy on stderr, a line each, and then ends with 1. The law: when it is hung up on,
-nothing that it had begun is left behind.
+nothing that it had begun is left behind but parts of large files, which another attempt goes on with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,6 +21,7 @@ from protocol.errors import DecodeError
 from protocol.treecopy import MAX_PIECE, Cut
 from protocol.treereceive import CannotReceive, Receiver
 from protocol.treesend import Sender
+from protocol.treesurvey import Survey
 
 #: How its command line begins; what comes before is the interpreter.
 MODULE: Final = "guest_agent.copying"
@@ -44,17 +50,27 @@ def _end(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _send(paths: list[str], problems: _Problems) -> None:
-    with open(sys.stdout.fileno(), "wb", MAX_PIECE, closefd=False) as stream:
-        sender = Sender(stream, problems.tell)
-        for path in paths:
-            sender.send(os.path.expanduser(path))
+def _send(paths: list[str], problems: _Problems, *, asking: bool = False, total: bool = False) -> None:
+    named = [os.path.expanduser(path) for path in paths]
+    with contextlib.ExitStack() as stack:
+        answers = stack.enter_context(open(sys.stdin.fileno(), "rb", closefd=False)) if asking else None
+        survey = stack.enter_context(Survey(named)) if total else None
+        stream = stack.enter_context(open(sys.stdout.fileno(), "wb", MAX_PIECE, closefd=False))
+        sender = Sender(stream, problems.tell, answers=answers, survey=survey)
+        try:
+            for path in named:
+                sender.send(path)
+        except Cut:
+            raise BrokenPipeError from None  # who answers no more has a reason, and tells it
         sender.finish()
 
 
-def _receive(destination: str, problems: _Problems, *, single: bool) -> None:
-    with open(sys.stdin.fileno(), "rb", MAX_PIECE, closefd=False) as stream:
-        Receiver(stream, os.path.expanduser(destination), problems.tell, single=single).run()
+def _receive(destination: str, problems: _Problems, *, single: bool, answering: bool = False) -> None:
+    with contextlib.ExitStack() as stack:
+        answers = stack.enter_context(open(sys.stdout.fileno(), "wb", closefd=False)) if answering else None
+        stream = stack.enter_context(open(sys.stdin.fileno(), "rb", MAX_PIECE, closefd=False))
+        place = os.path.expanduser(destination)
+        Receiver(stream, place, problems.tell, single=single, answers=answers).run()
 
 
 def main(arguments: list[str]) -> int:
@@ -65,10 +81,18 @@ def main(arguments: list[str]) -> int:
         match arguments:
             case ["send", *paths]:
                 _send(paths, problems)
+            case ["offer", "--total", "--", *paths]:
+                _send(paths, problems, asking=True, total=True)
+            case ["offer", "--", *paths]:
+                _send(paths, problems, asking=True)
             case ["receive", "--single", destination]:
                 _receive(destination, problems, single=True)
             case ["receive", destination]:
                 _receive(destination, problems, single=False)
+            case ["take", "--single", "--", destination]:
+                _receive(destination, problems, single=True, answering=True)
+            case ["take", "--", destination]:
+                _receive(destination, problems, single=False, answering=True)
             case _:
                 problems.tell(MODULE, f"unknown words {arguments}")
     except BrokenPipeError:

@@ -1,10 +1,11 @@
-"""What a copy of files carries from the one side to the other: a stream of records, one direction only.
+"""What a copy of files carries from the one side to the other: a stream of records.
 
     u8 kind | u32 mode | i64 mtime | u64 number | u16 name length | u16 target length | name | target
 
 A folder is ENTER, what is in it, LEAVE; a FILE is followed by its content in pieces (data and holes) until
-``WHOLE`` or ``BROKEN``; a whole copy ends with END. The law: a name is one component and never ``..``, so that who
-receives goes nowhere but down from where it began, whatever the sender says; and what has no end is no copy.
+``WHOLE`` or ``BROKEN``; a whole copy ends with END. What begins with ASK is explained in ``treeresume``. The law: a
+name is one component and never ``..``, so that who receives goes nowhere but down from where it began, whatever the
+sender says; and what has no end is no copy.
 
 Numbers are big-endian, times in nanoseconds since the epoch, names as the filesystem has them.
 """
@@ -40,11 +41,14 @@ class Kind(IntEnum):
     SYMLINK = 4
     HARDLINK = 5  # another name of the file that was called ``number``
     END = 6
+    ASK = 7  # question ``mode``: what is there of the file ``target``, of ``number`` bytes? ``name`` is its identity
+    PROVE = 8  # the digest of as much of ours as the answer to question ``mode`` said, in ``name``
+    TOTAL = 9  # ``number`` bytes of content are there in all, as far as one can see
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record. ``target`` is what a symlink says."""
+    """One record. ``target`` is what a symlink says, and where the content of a file that was asked for begins."""
 
     kind: Kind
     name: bytes = b""
@@ -83,8 +87,19 @@ def read_entry(stream: BinaryIO) -> Entry:
     return Entry(Kind(kind), name, mode, mtime, number, target)
 
 
+def split_path(path: bytes) -> list[bytes]:
+    """The names of a path below the destination, as ASK has it. Raises ``DecodeError`` for one that leads elsewhere."""
+    names = path.split(b"/")
+    if any(
+        not name or len(name) > MAX_NAME or name == b".." or (name == b"." and at)
+        for at, name in enumerate(names)
+    ):
+        raise DecodeError(f"a question about {path!r}")
+    return names
+
+
 _KINDS: Final = frozenset(Kind)
-_NAMELESS: Final = frozenset({Kind.LEAVE, Kind.END})
+_NAMELESS: Final = frozenset({Kind.LEAVE, Kind.END, Kind.TOTAL})
 
 #: After the last piece of a file.
 WHOLE: Final = _LENGTH.pack(_WHOLE)

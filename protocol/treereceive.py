@@ -1,9 +1,11 @@
 """The records of a copy (``protocol.treecopy``) as files and folders. Blocking: for a thread, or a process.
 
-The laws: a file has its name when it is whole, and until then whoever had that name keeps it; whatever interrupts
-the copy, no part of a file is left. Nothing outside of the destination is touched, also by a hostile sender: each
-folder is entered through the one above it, and no symlink that is there, or that was sent, is followed. What cannot
-be written is told (``problem``) and left out, and the copy goes on; but not on a full disk.
+The laws: a file has its name when it is whole, and until then whoever had that name keeps it. Whatever interrupts the
+copy, no part of a file is left; but of a large one, which the sender asked for (``treeresume``), what came is kept
+for the next attempt (``treeparts``), unless the disk is full or the file cannot be had. Nothing outside of the
+destination is touched, also by a hostile sender: each folder is entered through the one above it, and no symlink that
+is there, or that was sent, is followed. What cannot be written is told (``problem``) and left out, and the copy goes
+on; but not on a full disk.
 
 Modes and times are kept, owners are not, and so neither are set-id bits.
 """
@@ -19,11 +21,17 @@ from dataclasses import dataclass
 from itertools import count
 from typing import BinaryIO, Final
 
-from protocol.treecopy import Cut, Entry, Hole, Kind, read_entry, read_piece
-from protocol.treesend import Problem, Progress
+from protocol.errors import DecodeError
+from protocol.treeanswers import Answers, Asked
+from protocol.treecopy import Cut, Entry, Hole, Kind, read_entry, read_piece, split_path
+from protocol.treegauge import Gauge
+from protocol.treeparts import UNKEPT, Part, Parts, folder_mark
+from protocol.treeresume import PART_FROM, decode_start
+from protocol.treesend import Problem
 
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_MARK: Final = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_MODE: Final = 0o777
 _FOLDER_MODE: Final = 0o1777
 
@@ -37,12 +45,16 @@ class CannotReceive(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    """A folder that is being filled; ``descriptor`` is -1 if it could not be made. ``new``: by us, just now."""
+    """A folder that is being filled; ``descriptor`` is -1 if it could not be made. ``new``: by us, just now.
+
+    ``mark`` is in it until it is complete.
+    """
 
     descriptor: int
     mode: int
     path: tuple[bytes, ...]
     new: bool
+    mark: bytes = b""
 
 
 class Receiver:
@@ -57,30 +69,46 @@ class Receiver:
         stream: BinaryIO,
         destination: str,
         problem: Problem,
-        progress: Progress = lambda path, size: None,
+        gauge: Gauge | None = None,
         *,
         single: bool,
+        answers: BinaryIO | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        """``answers``: where the sender, who asks, hears what is there already."""
         self._stream = stream
         self._problem = problem
-        self._progress = progress
+        self._gauge = gauge or Gauge()
+        self._single = single
+        self._parts = parts or Parts()
         self._shown = destination.rstrip("/")
         self._only_folders = False
         self._rename: bytes | None = None
         self._root = self._open(destination, single)
         self._numbered: dict[int, tuple[bytes, ...]] = {}
         token = os.urandom(6).hex().encode()
-        self._temporary = (b".agentctl-cp-%s-%d" % (token, number) for number in count())
+        self._temporary = (UNKEPT + b"%s-%d" % (token, number) for number in count())
+        self._asked = Answers(answers, self._folder, self._parts, self._gauge)
 
     def run(self) -> None:
         """Until the copy is complete."""
         levels = [_Level(self._root, 0, (), new=False)]
         try:
             while (entry := read_entry(self._stream)).kind is not Kind.END:
-                self._take(levels, entry)
+                match entry.kind:
+                    case Kind.ASK:
+                        first, *rest = split_path(entry.target)
+                        self._asked.ask(entry, (*self._place(first, folder=bool(rest)), *rest))
+                    case Kind.PROVE:
+                        self._asked.prove(entry)
+                    case Kind.TOTAL:
+                        self._gauge.total = entry.number
+                    case _:
+                        self._take(levels, entry)
             if len(levels) > 1:
                 raise Cut("the copy ended within a folder")
         finally:
+            self._asked.close()
             for level in levels:
                 if level.descriptor >= 0:
                     os.close(level.descriptor)
@@ -106,6 +134,21 @@ class Receiver:
         except OSError as error:
             raise CannotReceive(f"{parent}: {error.strerror}") from None
 
+    def _place(self, name: bytes, *, folder: bool) -> tuple[bytes, ...]:
+        """Where that goes which comes as ``name``, and not in a folder. () is the destination itself."""
+        if self._rename is not None:
+            return (self._rename,)
+        if name == b"." or (folder and self._single and self._is_marked(name)):
+            return ()
+        return (name,)
+
+    def _is_marked(self, name: bytes) -> bool:
+        """The destination was not there when the copy of ``name`` to it began, which was cut off: it goes on there."""
+        with contextlib.suppress(OSError):
+            status = os.stat(folder_mark(name), dir_fd=self._root, follow_symlinks=False)
+            return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+        return False
+
     # --- one record --------------------------------------------------------------------------------
 
     def _take(self, levels: list[_Level], entry: Entry) -> None:
@@ -116,13 +159,14 @@ class Receiver:
             self._leave(levels.pop(), entry)
             return
         top = len(levels) == 1
-        name = self._rename if top and self._rename is not None else entry.name
-        path = level.path if name == b"." else (*level.path, name)
+        path = (*level.path, entry.name)
+        if top:
+            path = self._place(entry.name, folder=entry.kind is Kind.ENTER)
         content = _Content(self._stream, ended=entry.kind is not Kind.FILE)
         below = _Level(-1, 0, path, new=False)
         try:
             if level.descriptor >= 0:
-                self._check_name(entry, name, top=top)
+                self._check_name(entry, path, top=top)
                 below = self._make(level, entry, path, content) or below
         except _Refused as error:
             self._problem(self._path(path), str(error))
@@ -133,18 +177,20 @@ class Receiver:
         if entry.kind is Kind.ENTER:
             levels.append(below)
         content.pass_over()
+        if entry.kind is Kind.FILE and entry.target:
+            self._asked.forget(decode_start(entry.target)[0])
 
-    def _check_name(self, entry: Entry, name: bytes, *, top: bool) -> None:
+    def _check_name(self, entry: Entry, path: tuple[bytes, ...], *, top: bool) -> None:
         if top and self._only_folders and entry.kind is not Kind.ENTER:
             raise _Refused(os.strerror(errno.ENOTDIR))
-        if name == b"." and not (top and entry.kind is Kind.ENTER):
+        if path[-1:] in ((), (b".",)) and not (top and entry.kind is Kind.ENTER):
             raise _Refused("not a name")
 
     def _make(self, level: _Level, entry: Entry, path: tuple[bytes, ...], content: _Content) -> _Level | None:
         """Of a folder, it. Raises ``OSError``, ``_Refused``."""
         match entry.kind:
             case Kind.ENTER:
-                self._progress(self._path(path), 0)
+                self._gauge.path = self._path(path)
                 return self._entered(level, entry, path)
             case Kind.FILE:
                 self._receive_file(level, entry, path, content)
@@ -166,13 +212,24 @@ class Receiver:
             os.mkdir(name, 0o700, dir_fd=level.descriptor)
             new = True
         descriptor = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=level.descriptor)
-        # "." is the destination, which has a mode of its own already.
-        return _Level(descriptor, -1 if name == b"." else entry.mode & _FOLDER_MODE, path, new)
+        if entry.name == b".":  # the destination, which has a mode of its own if it was there
+            return _Level(descriptor, -1, path, new)
+        mark = b""
+        if not path or (new and path == (self._rename,)):
+            mark = folder_mark(entry.name)
+            try:
+                os.close(os.open(mark, _MARK, 0o600, dir_fd=descriptor))
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return _Level(descriptor, entry.mode & _FOLDER_MODE, path, new, mark)
 
     def _leave(self, level: _Level, entry: Entry) -> None:
         if level.descriptor < 0:
             return
         try:
+            if level.mark:
+                os.unlink(level.mark, dir_fd=level.descriptor)
             if level.mode >= 0:
                 os.fchmod(level.descriptor, level.mode)
                 os.utime(level.descriptor, ns=(entry.mtime, entry.mtime))
@@ -184,33 +241,89 @@ class Receiver:
     # --- files -------------------------------------------------------------------------------------
 
     def _receive_file(self, level: _Level, entry: Entry, path: tuple[bytes, ...], content: _Content) -> None:
-        with contextlib.suppress(_Broken), self._staged(level, path[-1]) as temporary:
+        self._gauge.at(self._path(path))
+        asked, offset = self._taken(entry)
+        part = asked.part if asked else None
+        try:
+            if asked is not None and asked.whole and offset:
+                self._keep(level, entry, path[-1], content)
+            else:
+                if asked is not None and part is None and asked.size >= PART_FROM:
+                    part = self._parts.make(level.descriptor, path[-1], asked.source)
+                if part is None:
+                    self._receive_whole(level, entry, path[-1], content)
+                else:
+                    self._receive_rest(level, entry, path[-1], content, part, offset)
+        except _Broken:
+            return
+        finally:
+            if part is not None:
+                part.close()
+        if entry.number:
+            self._numbered[entry.number] = path
+
+    def _taken(self, entry: Entry) -> tuple[Asked | None, int]:
+        """What was asked for this file, and where its content begins. Raises ``DecodeError``."""
+        if not entry.target:
+            return None, 0
+        question, offset = decode_start(entry.target)
+        return self._asked.take(question, offset), offset
+
+    def _receive_whole(self, level: _Level, entry: Entry, name: bytes, content: _Content) -> None:
+        with self._staged(level, name) as temporary:
             descriptor = os.open(temporary, _NEW, 0o600, dir_fd=level.descriptor)
             try:
-                self._write(descriptor, content, self._path(path))
-                os.fchmod(descriptor, entry.mode & _FILE_MODE)
-                os.utime(descriptor, ns=(entry.mtime, entry.mtime))
+                self._write(descriptor, content, 0, stays=False)
+                _finish(descriptor, entry)
             finally:
                 os.close(descriptor)
-            if entry.number:
-                self._numbered[entry.number] = path
 
-    def _write(self, descriptor: int, content: _Content, shown: str) -> None:
-        size, ends_with_hole = 0, False
+    def _receive_rest(
+        self, level: _Level, entry: Entry, name: bytes, content: _Content, part: Part, offset: int
+    ) -> None:
+        """All that comes after ``offset``. What there is of it stays if the copy is cut off, and only then."""
+        try:
+            os.ftruncate(part.descriptor, offset)
+            self._gauge.had(offset)
+            self._gauge.part = offset
+            self._write(part.descriptor, content, offset, stays=True)
+            _finish(part.descriptor, entry)
+            self._rename_to(level, part.name, name)
+        except BaseException as error:
+            if isinstance(error, OSError | _Refused | _Broken) or not part.size:
+                with contextlib.suppress(OSError):
+                    os.unlink(part.name, dir_fd=level.descriptor)
+            raise
+
+    def _keep(self, level: _Level, entry: Entry, name: bytes, content: _Content) -> None:
+        """It is there already, as both sides have read."""
+        for _ in content:
+            raise DecodeError("more of a file that is whole")
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=level.descriptor)
+        try:
+            self._gauge.had(os.fstat(descriptor).st_size)
+            _finish(descriptor, entry)
+        finally:
+            os.close(descriptor)
+
+    def _write(self, descriptor: int, content: _Content, size: int, *, stays: bool) -> None:
+        """All that comes, behind the ``size`` bytes that are there."""
+        os.lseek(descriptor, size, os.SEEK_SET)
+        ends_with_hole = False
         for piece in content:
             ends_with_hole = isinstance(piece, Hole)
             if isinstance(piece, Hole):
                 size += piece.size
                 os.lseek(descriptor, size, os.SEEK_SET)
+                self._gauge.had(piece.size)
                 continue
             size += len(piece)
             view = memoryview(piece)
             while view:
                 view = view[os.write(descriptor, view) :]
-            self._progress(shown, len(piece))
+            self._gauge.moved(len(piece), stays=stays)
         if ends_with_hole:
             os.ftruncate(descriptor, size)
-        self._progress(shown, 0)
 
     @contextlib.contextmanager
     def _staged(self, level: _Level, name: bytes) -> Iterator[bytes]:
@@ -218,13 +331,16 @@ class Receiver:
         temporary = next(self._temporary)
         try:
             yield temporary
-            if not level.new:
-                self._check_replaceable(level, name)
-            os.rename(temporary, name, src_dir_fd=level.descriptor, dst_dir_fd=level.descriptor)
+            self._rename_to(level, temporary, name)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=level.descriptor)
             raise
+
+    def _rename_to(self, level: _Level, temporary: bytes, name: bytes) -> None:
+        if not level.new:
+            self._check_replaceable(level, name)
+        os.rename(temporary, name, src_dir_fd=level.descriptor, dst_dir_fd=level.descriptor)
 
     def _check_replaceable(self, level: _Level, name: bytes) -> None:
         """A device that is called so would be lost: /dev/null is not to become a file."""
@@ -264,6 +380,12 @@ class Receiver:
 
     def _path(self, path: tuple[bytes, ...]) -> str:
         return os.path.join(self._shown, *map(os.fsdecode, path)) if path else self._shown
+
+
+def _finish(descriptor: int, entry: Entry) -> None:
+    """Raises ``OSError``."""
+    os.fchmod(descriptor, entry.mode & _FILE_MODE)
+    os.utime(descriptor, ns=(entry.mtime, entry.mtime))
 
 
 class _Content:

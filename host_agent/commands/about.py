@@ -67,12 +67,13 @@ def completion(shell: str) -> None:
 
 
 def complete_source(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[Any]:
-    """Of files to copy: those of this machine, and what those of the VM begin with."""
+    """Of files to copy: those of this machine, and what those of an instance begin with."""
     from click.shell_completion import CompletionItem
 
-    from host_agent.copying import PREFIX
+    from host_agent.copy_words import GUEST
 
-    if incomplete.startswith(PREFIX):
+    prefixes = [f"{name}:" for name in (GUEST, *(paths.name for paths in Home.find().instances()))]
+    if incomplete.startswith(tuple(prefixes)):
         return []
-    files = CompletionItem(incomplete, type="file")
-    return [files, CompletionItem(PREFIX)] if incomplete and PREFIX.startswith(incomplete) else [files]
+    begun = [CompletionItem(prefix) for prefix in prefixes if incomplete and prefix.startswith(incomplete)]
+    return [CompletionItem(incomplete, type="file"), *begun]

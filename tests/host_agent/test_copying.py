@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,17 @@ import trio
 import trio.testing
 
 from guest_agent import execute
-from host_agent import copying
-from host_agent.copying import Copy, into_guest, out_of_guest
+from host_agent.copying import Copy, CutOff, FarEnd, into_guest, out_of_guest
 from host_agent.errors import ExitCode, UserError
 from protocol.errors import LinkClosed
 from protocol.link import Hello, Link, Role, Service
 
 REPOSITORY = Path(__file__).parents[2]
 
-Move = Callable[[Link, list[str], str, str, Copy], Awaitable[None]]
+LARGE = 24 << 20
+
+Move = Callable[[Link, list[str], str, str, Copy, FarEnd], Awaitable[None]]
+PROGRAM = (sys.executable, "-S", "-P", "-m", "guest_agent.copying")
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Copies:
 
     link: Link
     told: list[str] = field(default_factory=list)
+    end: FarEnd = FarEnd(PROGRAM, {"PYTHONPATH": str(REPOSITORY)})  # noqa: RUF009
 
     def copy(self) -> Copy:
         return Copy(self.told.append)
@@ -38,20 +41,18 @@ class Copies:
     async def into(self, destination: object, *sources: object, user: str = "") -> Copy:
         copy = self.copy()
         with trio.fail_after(30):
-            await into_guest(self.link, [str(source) for source in sources], str(destination), user, copy)
+            await into_guest(self.link, [*map(str, sources)], str(destination), user, copy, self.end)
         return copy
 
     async def out(self, destination: object, *sources: object, user: str = "") -> Copy:
         copy = self.copy()
         with trio.fail_after(30):
-            await out_of_guest(self.link, [str(source) for source in sources], str(destination), user, copy)
+            await out_of_guest(self.link, [*map(str, sources)], str(destination), user, copy, self.end)
         return copy
 
 
 @pytest.fixture
-async def copies(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Copies]:
-    monkeypatch.setattr(copying, "_AGENTS", str(REPOSITORY))
-    monkeypatch.setattr(copying, "_PROGRAM", (sys.executable, "-S", "-P", "-m", "guest_agent.copying"))
+async def copies() -> AsyncIterator[Copies]:
     service = Service()
     execute.register(service, lambda: "")
     ours, theirs = trio.testing.memory_stream_pair()
@@ -91,8 +92,8 @@ def check(copy: Path, source: Path) -> None:
 async def test_there_and_back_again(copies: Copies, source: Path, tmp_path: Path) -> None:
     done = await copies.into(tmp_path / "in the VM", source)
     check(tmp_path / "in the VM", source)
-    assert (done.size, done.problems) == (3_000_000 + 140, 0)
-    assert done.files >= 53
+    assert (done.gauge.size, done.problems) == (3_000_000 + 140, 0)
+    assert done.gauge.files == 51
     (tmp_path / "there").mkdir()
     back = await copies.out(tmp_path / "there", tmp_path / "in the VM" / "big", f"{tmp_path}/in the VM/.")
     check(tmp_path / "there", source)
@@ -142,16 +143,14 @@ async def test_nowhere_to_put_it(copies: Copies, source: Path, tmp_path: Path) -
     ]
 
 
-async def test_a_guest_that_cannot_do_it_is_a_sentence(
-    copies: Copies, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_guest_that_cannot_do_it_is_a_sentence(copies: Copies, source: Path, tmp_path: Path) -> None:
     for move in (copies.into, copies.out):
         with pytest.raises(UserError) as refused:
             await move(tmp_path / "there", source, user="nobody-here")
         assert refused.value.exit_code == ExitCode.GUEST
-    monkeypatch.setattr(copying, "_PROGRAM", ("/bin/sh", "-c", "kill -9 $$"))
+    copies.end = FarEnd(("/bin/sh", "-c", "kill -9 $$"))
     for move in (copies.into, copies.out):
-        with pytest.raises(UserError, match="ended in the VM with status 137"):
+        with pytest.raises(UserError, match="ended in the guest with status 137"):
             await move(tmp_path / "there", source)
     assert copies.told == []
 
@@ -160,7 +159,7 @@ async def test_a_guest_that_cannot_do_it_is_a_sentence(
 def large(source: Path) -> Path:
     """A file that takes a while, so that something can happen meanwhile."""
     with (source / "large").open("wb") as file:
-        for _ in range(64):
+        for _ in range(LARGE >> 20):
             file.write(os.urandom(1 << 20))
     return source / "large"
 
@@ -169,48 +168,79 @@ def sizes(there: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in there.iterdir()}
 
 
+def check_large(there: Path, large: Path) -> None:
+    assert (there / "large").read_bytes() == large.read_bytes()
+    assert (there / "large").stat().st_mtime_ns == large.stat().st_mtime_ns
+
+
 async def begun(there: Path) -> None:
     """Some of a file has come, and nothing has its name."""
     with trio.fail_after(30):
-        while not any(sizes(there).values()):
+        while sum(sizes(there).values()) < 2 << 20:
             await trio.sleep(0.001)
-    assert [name[:12] for name in sizes(there)] == [".agentctl-cp"]
+    assert [name[:15] for name in sizes(there)] == [".agentctl-part-"]
 
 
-async def gone(there: Path) -> None:
-    with trio.fail_after(10):
-        while sizes(there):
-            await trio.sleep(0.01)
+async def goes_on(copies: Copies, there: Path, large: Path, move: Move) -> None:
+    """What came is not sent again; nothing else is left of the first attempt."""
+    again = copies.copy()
+    with trio.fail_after(30):
+        await move(copies.link, [str(large)], str(there), "", again, copies.end)
+    assert (again.gauge.done, again.gauge.read) == (LARGE, again.gauge.kept)
+    assert again.gauge.kept >= 2 << 20
+    assert sizes(there) == {"large": LARGE}
+    check_large(there, large)
 
 
 @pytest.mark.parametrize("move", [into_guest, out_of_guest])
-async def test_a_copy_that_is_interrupted_leaves_no_half(
+async def test_a_copy_that_is_interrupted_is_gone_on_with(
     copies: Copies, tmp_path: Path, large: Path, move: Move
 ) -> None:
     there = tmp_path / "there"
     there.mkdir()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(move, copies.link, [str(large)], str(there), "", copies.copy())
+        nursery.start_soon(move, copies.link, [str(large)], str(there), "", copies.copy(), copies.end)
         await begun(there)
         nursery.cancel_scope.cancel()
-    await gone(there)
+    assert [name[:15] for name in sizes(there)] == [".agentctl-part-"]
     assert copies.told == []
+    await goes_on(copies, there, large, move)
 
 
 @pytest.mark.parametrize("move", [into_guest, out_of_guest])
-async def test_a_lost_link_is_a_sentence_and_leaves_no_half(
+async def test_a_guest_of_another_version_is_sent_all_and_keeps_no_part(
+    copies: Copies, tmp_path: Path, large: Path, move: Move
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    end = replace(copies.end, resumes=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(move, copies.link, [str(large)], str(there), "", copies.copy(), end)
+        with trio.fail_after(30):
+            while not any(sizes(there).values()):
+                await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    with trio.fail_after(30):
+        while sizes(there):
+            await trio.sleep(0.01)
+        await move(copies.link, [str(large)], str(there), "", copies.copy(), end)
+    check_large(there, large)
+
+
+@pytest.mark.parametrize("move", [into_guest, out_of_guest])
+async def test_a_lost_link_is_a_sentence_and_nothing_has_its_name(
     copies: Copies, tmp_path: Path, large: Path, move: Move
 ) -> None:
     there = tmp_path / "there"
     there.mkdir()
 
     async def lost() -> None:
-        with pytest.raises(UserError, match="the connection to the guest was lost during the copy"):
-            await move(copies.link, [str(large)], str(there), "", copies.copy())
+        with pytest.raises(CutOff, match="the connection to the guest was lost during the copy"):
+            await move(copies.link, [str(large)], str(there), "", copies.copy(), copies.end)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lost)
         await begun(there)
         await copies.link.goodbye("the VM is switched off")
-    await gone(there)
+    assert [name[:15] for name in sizes(there)] == [".agentctl-part-"]
     assert copies.told == []

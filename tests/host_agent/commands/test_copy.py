@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from host_agent.commands.copy import how_far
-from host_agent.copying import Copy
 from host_agent.errors import ExitCode
 from host_agent.paths import Home
 from tests.host_agent.command_line import agentctl, said
@@ -41,10 +39,17 @@ def test_a_destination_is_needed(home: Home) -> None:
     assert "Missing argument" in done.stderr
 
 
-def test_how_far_it_is() -> None:
-    copy = Copy(lambda text: None)
-    copy.progress("/a/b", 1 << 20)
-    copy.progress("/a/b", 1 << 20)
-    assert how_far(copy, 4) == "1 thing, 2 MiB, 512 KiB/s: /a/b"
-    copy.progress("/a/c", 0)
-    assert how_far(copy, 4) == "2 things, 2 MiB, 512 KiB/s: /a/c"
+def test_an_instance_is_named_by_its_paths(home: Home) -> None:
+    home.instance("dev").ensure()
+    done = agentctl("cp", "dev:/etc/hosts", ".")
+    assert said(done) == ["error: instance dev is not running", "hint: start it: agentctl --instance dev up"]
+    assert done.returncode == ExitCode.NOT_RUNNING
+    done = agentctl("--instance", "box", "cp", "dev:/etc/hosts", ".")
+    assert said(done)[0] == "error: dev: is one instance, and --instance says box"
+    assert done.returncode == ExitCode.USAGE
+
+
+def test_a_name_that_no_instance_has_is_told(home: Home) -> None:
+    home.instance("dev").ensure()
+    done = agentctl("cp", "dve:/etc/hosts", ".")
+    assert said(done) == ["error: there is no instance dve, and no file dve:/etc/hosts", "hint: there is dev"]
