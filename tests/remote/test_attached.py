@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import copies
 from tests.e2e.harness import eventually, fetch, is_refused
 from tests.free_ports import free_port
 from tests.remote.machine import PYTHON, USER
@@ -215,14 +218,26 @@ def test_a_shell_has_a_terminal_of_our_size_that_follows_ours(attached: Site) ->
         os.close(terminal)
 
 
-def test_a_large_file_goes_over_and_comes_back(attached: Site) -> None:
-    source, back = attached.directory / "large", attached.directory / "back"
-    source.write_bytes(os.urandom(30_000_000))
-    back.unlink(missing_ok=True)
-    attached.user.agentctl("cp", str(source), f"guest:/mnt/{attached.account}/large", timeout=120)
-    assert int(attached.sh("stat -c %s large")) == source.stat().st_size
-    attached.user.agentctl("cp", f"guest:/mnt/{attached.account}/large", str(back), timeout=120)
-    assert back.read_bytes() == source.read_bytes()
+def test_a_large_file_goes_over_and_goes_on_where_it_was_interrupted(attached: Site) -> None:
+    source, there = attached.directory / "over", f"/mnt/{attached.account}/over"
+    source.mkdir(exist_ok=True)
+    attached.sh("rm -rf over && mkdir over")
+    copies.goes_on_when_it_is_called_again(
+        attached.user, source, there, lambda: int(attached.sh(copies.PART_SIZE % "over"))
+    )
+    assert attached.sh("ls -A over") == "noise\n"
+    digest = hashlib.sha256((source / "noise").read_bytes()).hexdigest()
+    assert attached.sh("sha256sum over/noise").split()[0] == digest
+
+
+def test_a_large_file_comes_over_and_goes_on_by_itself(attached: Site) -> None:
+    back = attached.directory / "back"
+    shutil.rmtree(back, ignore_errors=True)
+    back.mkdir()
+    attached.sh(f"head -c {copies.SIZE} /dev/urandom >large")
+    copies.goes_on_by_itself(attached.user, back, f"/mnt/{attached.account}/large", attached.line.reset)
+    digest = hashlib.sha256((back / "large").read_bytes()).hexdigest()
+    assert attached.sh("sha256sum large").split()[0] == digest
 
 
 # --- ends of parts ---------------------------------------------------------------------------------------
