@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from host_agent import hints, mounts
+from host_agent import hints, kind, mounts
 from host_agent.errors import UserError
 from host_agent.mounts import is_below
 from protocol.api import MountSpec
@@ -236,7 +236,7 @@ def _how_to_share(folder: str, advice: str) -> str:
 
 
 def _denied(what: str, advice: str) -> str:
-    return hints.addressed(f"mounts denied: {what}; {advice}")
+    return kind.called(hints.addressed(f"mounts denied: {what}; {advice}"))
 
 
 def _clean(path: str) -> str:

@@ -12,12 +12,12 @@ from typing import NoReturn
 import click
 from click.core import ParameterSource
 
-from host_agent import hints
+from host_agent import hints, kind
 from host_agent.commands.common import CONTEXT_SETTINGS, complete_instance
 from host_agent.commands.lazy import LazyGroup
 from host_agent.commands.places import PLACES
 from host_agent.errors import ExitCode, UserError
-from host_agent.paths import DEFAULT_INSTANCE, check_name
+from host_agent.paths import DEFAULT_INSTANCE, Home, check_name
 from protocol.errors import RemoteFailure
 
 #: What a group without a command of its own is, since click 8.2: its help, which is several lines.
@@ -89,7 +89,7 @@ def _open_standard_streams() -> None:
     "--instance",
     metavar="NAME",
     envvar="AGENTCTL_INSTANCE",
-    help="Which VM is meant, of any number side by side.",
+    help="Which instance is meant, of any number side by side.",
     default=DEFAULT_INSTANCE,
     show_default=True,
     show_envvar=True,
@@ -103,5 +103,6 @@ def cli(context: click.Context, instance: str) -> None:
     # What the environment says, it says to the next command as well.
     named = context.get_parameter_source("instance") is ParameterSource.COMMANDLINE
     hints.choose(instance if named else DEFAULT_INSTANCE)
+    kind.choose(attached=Home.find().instance(instance).attached.exists())
     if context.invoked_subcommand is None:
         click.echo(context.get_help())

@@ -18,45 +18,41 @@ class Meter:
     """Looks at a gauge now and then; ``now`` in seconds of any clock."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int, int]] = deque()
+        self._seen: deque[tuple[float, int]] = deque()
+        self._read = 0
+        self._compared_at = -1
 
     def line(self, gauge: Gauge, now: float, width: int) -> str:
         """No wider than ``width``: what does not fit is left out of the middle of the path."""
-        last = self._seen[-1] if self._seen else (now, gauge.size, gauge.read)
-        if gauge.size < last[1]:  # another attempt
+        if self._seen and gauge.size < self._seen[-1][1]:  # another attempt
             self._seen.clear()
-        self._seen.append((now, gauge.size, gauge.read))
+        self._seen.append((now, gauge.size))
         while now - self._seen[0][0] > WINDOW and len(self._seen) > 2:
             self._seen.popleft()
-        comparing = gauge.read > last[2] and gauge.size == last[1]
-        facts = self._of_comparing(gauge, now) if comparing else self._of_copying(gauge, now)
-        return _fitted(", ".join(facts), gauge.path, width)
+        if gauge.read != self._read:
+            self._read, self._compared_at = gauge.read, gauge.done
+        return _fitted(", ".join(self._facts(gauge, now)), gauge.path, width)
 
-    def _of_comparing(self, gauge: Gauge, now: float) -> list[str]:
-        rate = self._rate(now, 2)
-        return [
-            f"comparing what is there: {sizes.show(gauge.read)}",
-            *([f"{sizes.show(rate)}/s"] if rate else []),
-        ]
-
-    def _of_copying(self, gauge: Gauge, now: float) -> list[str]:
+    def _facts(self, gauge: Gauge, now: float) -> list[str]:
         facts = [f"{gauge.files} files"] if gauge.files > 1 else []
         total = max(gauge.total or 0, gauge.done)
         if gauge.total:
             facts += [f"{sizes.show(gauge.done)} of {sizes.show(total)}", f"{gauge.done * 100 // total}%"]
         else:
             facts.append(sizes.show(gauge.done))
-        if rate := self._rate(now, 1):
+        if gauge.done == self._compared_at:  # the other side may still be at it
+            facts.append("comparing what is there")
+        elif rate := self._rate(now):
             facts.append(f"{sizes.show(rate)}/s")
             if gauge.total and total > gauge.done:
                 facts.append(f"{lasting((total - gauge.done) / rate)} left")
         return facts
 
-    def _rate(self, now: float, what: int) -> float:
+    def _rate(self, now: float) -> float:
         """Bytes a second; 0 while nobody knows."""
         first, last = self._seen[0], self._seen[-1]
         seconds = now - first[0]
-        return (last[what] - first[what]) / seconds if seconds >= _LEAST else 0.0
+        return (last[1] - first[1]) / seconds if seconds >= _LEAST else 0.0
 
 
 def lasting(seconds: float) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import trio
 
-from host_agent import agentlog, groups, hints, keeper, owners, state
+from host_agent import agentlog, groups, hints, keeper, kind, owners, state
 from host_agent.api_server import Answers, ApiServer
 from host_agent.cleanup import clean_up, remember
 from host_agent.client import hello
@@ -401,6 +401,7 @@ def main(make: Callable[[Home, InstancePaths, Inherited], InstanceAgent]) -> int
     os.umask(0o077)
     paths = InstancePaths(words.directory)
     hints.choose(paths.name)
+    kind.choose(attached=paths.attached.exists())
     agentlog.log_to(paths.agent_log)
     if identity := ProcessIdentity.of(os.getpid()):
         identity.write(paths.agent_identity)

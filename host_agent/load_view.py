@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from host_agent import sizes
+from host_agent import kind, sizes
 from host_agent.instance_load import ContainerLoad, GuestLoad, Load, MountLoad
 from host_agent.show import FORWARD_STYLE, MOUNT_STYLE, endpoint, words
 from protocol.api import Forward, MountState, Stage
@@ -45,11 +45,12 @@ def _figures(load: Load) -> Table:
         f"{_HOST_NAMES.get(p.name, p.name)} {sizes.show(p.memory)}" for p in load.processes
     )
     allocated = f"{sizes.show(load.disk_allocated)} allocated, {sizes.show(load.disk_free)} free"
-    connections = f"{_flow(load.received)} from the VM, {_flow(load.sent)} to it"
+    there = kind.called("the VM")
+    connections = f"{_flow(load.received)} from {there}, {_flow(load.sent)} to it"
     if load.guest is None:
         grid.add_row("", Text("the guest agent does not answer", "yellow"), "")
     rows = _guest(load.guest)
-    grid.add_row("", Text("IN THE VM", "bold"), Text("ON THIS MACHINE", "bold"))
+    grid.add_row("", Text(kind.called("in the VM").upper(), "bold"), Text("ON THIS MACHINE", "bold"))
     grid.add_row("cpu", rows[0], host_cpu)
     grid.add_row("memory", rows[1], host_memory)
     grid.add_row("disk", rows[2], allocated)
@@ -101,7 +102,7 @@ def _ports(rows: list[Forward]) -> Table | None:
     for row in rows[:MAX_ROWS]:
         host = endpoint(row.host_address, row.host_port) if row.host_port else row.host_address or "-"
         state = words(row.state.value, FORWARD_STYLE[row.state])
-        origin = words(row.reason or row.container or row.process or row.unit)
+        origin = words(kind.called(row.reason) or row.container or row.process or row.unit)
         table.add_row(words(host), row.proto.value, state, origin)
     return _cut(table, len(rows))
 

@@ -27,9 +27,9 @@ def progress(beside: Talks | None = None) -> Iterator[Callable[[str], None]]:
     """A function that shows what is being done; the line goes when the block ends."""
     console = show.err()
     if not console.is_terminal:
-        yield lambda message: console.print(show.words(message))
+        yield lambda message: console.print(show.sentence(message))
         return
     with console.status("") as line:
         if beside is not None:
             beside.line = line
-        yield lambda message: line.update(show.words(message))
+        yield lambda message: line.update(show.sentence(message))

@@ -9,7 +9,6 @@ reach the terminal as control sequences, nor rich as markup (``words``).
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -20,11 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from host_agent import hints, sizes
+from host_agent import hints, kind, sizes
 from host_agent.disk_room import LOW_HINT, DiskState, little_left
 from host_agent.doctor.finding import Diagnosis, Level
 from host_agent.errors import UserError
 from host_agent.show_json import as_json as as_json
+from host_agent.show_json import as_line
 from host_agent.show_json import status_json as status_json
 from protocol.api import (
     Attachment,
@@ -82,6 +82,11 @@ def words(text: str, style: str = "") -> Text:
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line), style)
 
 
+def sentence(text: str, style: str = "") -> Text:
+    """``words`` of ours, which call the instance what it is (``kind``)."""
+    return words(kind.called(text), style)
+
+
 def yaml(text: str) -> None:
     """A configuration; in colours on a terminal."""
     console = out()
@@ -101,10 +106,10 @@ def status(status: InstanceStatus) -> None:
     )
     # A hint beside a running instance belongs to something that is wrong all the same (a full disk).
     if status.detail and (status.hint or status.stage is not Stage.RUNNING):
-        heading.append("  ").append_text(words(status.detail))
+        heading.append("  ").append_text(sentence(status.detail))
     console.print(heading)
     if status.hint:
-        console.print(words(f"  hint: {status.hint}"))
+        console.print(sentence(f"  hint: {status.hint}"))
     if status.disk_state == DiskState.LOW:
         console.print(words(f"  {little_left(status.host_free)}", "yellow"))
         console.print(words(f"  hint: {LOW_HINT}"))
@@ -129,8 +134,8 @@ def instances(statuses: list[InstanceStatus]) -> None:
         console.print(words("there is no instance yet; make one: agentctl up"))
         return
     machines = any(status.attached for status in statuses)
-    kind = ["MACHINE"] if machines else []
-    table = _headed("NAME", "STATE", *kind, "CPUS", "MEMORY", "DISK", "UP FOR", "CONTEXT", "DETAIL")
+    address = ["MACHINE"] if machines else []
+    table = _headed("NAME", "STATE", *address, "CPUS", "MEMORY", "DISK", "UP FOR", "CONTEXT", "DETAIL")
     for status in statuses:
         known = bool(status.cpus)
         runs = bool(status.qemu_pid or (status.attached and status.agent_pid))
@@ -145,7 +150,7 @@ def instances(statuses: list[InstanceStatus]) -> None:
             _disk(status) if known else "-",
             _duration(time.time() - status.started_at) if runs else "-",
             words(status.docker_context),
-            words("" if quiet else status.detail),
+            words("" if quiet else kind.called(status.detail, attached=status.attached is not None)),
         )
     console.print(table)
 
@@ -300,7 +305,7 @@ def forwards(rows: list[Forward], *, everything: bool) -> None:
     shown = [row for row in rows if everything or row.state is not ForwardState.IGNORED]
     console = out()
     if not shown:
-        console.print(words("nothing in the VM listens; try: docker run -d -p 8080:80 IMAGE"))
+        console.print(sentence("nothing in the VM listens; try: docker run -d -p 8080:80 IMAGE"))
         return
     table = _headed("HOST", "GUEST", "PROTO", "STATE", "FROM", "REASON")
     for row in shown:
@@ -311,7 +316,7 @@ def forwards(rows: list[Forward], *, everything: bool) -> None:
             row.proto.value,
             words(row.state.value, FORWARD_STYLE[row.state]),
             words(_owner(row)),
-            words(row.reason),
+            sentence(row.reason),
         )
     console.print(table)
 
@@ -328,9 +333,9 @@ def mounts(table: Mounts) -> None:
     """The table of ``agentctl mounts``, and what to do about those that do not work."""
     console = out()
     if not table.mounts:
-        console.print(words("the VM sees no folder of this machine; try: agentctl up --mount ."))
+        console.print(sentence("the VM sees no folder of this machine; try: agentctl up --mount ."))
         return
-    grid = _headed("FOLDER", "IN THE VM", "MODE", "STATE", "REASON")
+    grid = _headed("FOLDER", kind.called("in the VM").upper(), "MODE", "STATE", "REASON")
     for mount in table.mounts:
         grid.add_row(
             words(mount.spec.host_path),
@@ -339,11 +344,11 @@ def mounts(table: Mounts) -> None:
             words("revalidating", "yellow")
             if mount.revalidating and mount.state is MountState.MOUNTED
             else words(mount.state.value, MOUNT_STYLE.get(mount.state, "red")),
-            words(mount.reason),
+            sentence(mount.reason),
         )
     console.print(grid)
     for hint in dict.fromkeys(mount.hint for mount in table.mounts if mount.hint):
-        console.print(words(f"hint: {hint}"))
+        console.print(sentence(f"hint: {hint}"))
     for mount in table.mounts:
         if mount.lost:
             lost = f"in {mount.spec.guest_path}, {mount.lost} open files or locks were lost (ESTALE)"
@@ -362,11 +367,11 @@ def diagnosis(diagnosis: Diagnosis) -> None:
                 "  ",
                 words(f"{finding.level.value:<7}", style),
                 "  ",
-                words(finding.message),
+                sentence(finding.message),
             )
         )
         if finding.fix:
-            console.print(Text.assemble(" " * (width + 11), words(f"fix: {finding.fix}", "bold")))
+            console.print(Text.assemble(" " * (width + 11), sentence(f"fix: {finding.fix}", "bold")))
     problems, advice = diagnosis.count(Level.PROBLEM), diagnosis.count(Level.ADVICE)
     if problems:
         console.print(f"{problems} {'thing does' if problems == 1 else 'things do'} not work")
@@ -390,7 +395,7 @@ def rules(settings: PortSettings, sockets_of: SocketRows) -> None:
 
     console = out()
     if settings.lan:
-        console.print("what listens on all addresses of the VM is open to other machines")
+        console.print(sentence("what listens on all addresses of the VM is open to other machines"))
     if settings.privileged_offset:
         console.print(f"ports below 1024 have {settings.privileged_offset} added")
     if settings.rules:
@@ -425,7 +430,7 @@ def change(event: Event) -> None:
     """A line of ``agentctl ports --watch``."""
     out().print(
         Text.assemble(
-            words(time.strftime("%H:%M:%S", time.localtime(event.time)), "dim"), "  ", words(event.message)
+            words(time.strftime("%H:%M:%S", time.localtime(event.time)), "dim"), "  ", sentence(event.message)
         )
     )
     sys.stdout.flush()
@@ -434,8 +439,7 @@ def change(event: Event) -> None:
 def change_json(event: Event) -> None:
     from host_agent import port_watch
 
-    sys.stdout.write(json.dumps(port_watch.as_object(event)) + "\n")
-    sys.stdout.flush()
+    as_line(port_watch.as_object(event))
 
 
 def log_lines(lines: Iterable[LogLine]) -> None:
@@ -466,7 +470,7 @@ def sockets(table: SocketRows) -> None:
             "<-" if row.forward.reverse else "->",
             words(row.forward.guest),
             words(row.state.value, FORWARD_STYLE[row.state]),
-            words(row.reason),
+            sentence(row.reason),
         )
     console.print(grid)
 
@@ -510,4 +514,4 @@ def note(text: str) -> None:
 
 def _said(label: str, style: str, text: str) -> Text:
     """Without the full stop that only some sentences come with."""
-    return Text.assemble((label, style), " ", words(text.removesuffix(".")))
+    return Text.assemble((label, style), " ", sentence(text.removesuffix(".")))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from host_agent import groups, hints
+from host_agent import groups, hints, kind
 from host_agent.commands.common import json_option
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import Home, InstancePaths
@@ -70,6 +70,7 @@ def attach(
 
     paths, address = instance_of(Home.find(), machine, name if name is not None else _named())
     hints.choose(paths.name)
+    kind.choose(attached=True)
     show_started(attached(paths, address, Wishes(folders, forwards, keep)), as_json=as_json)
 
 
@@ -128,6 +129,7 @@ def detach(name: str | None, force: bool) -> None:
 
     paths = _attached_instance(Home.find(), name if name is not None else _named())
     hints.choose(paths.name)
+    kind.choose(attached=True)
     with progress() as report:
         report("detaching")
         stopped = groups.run(stop_instance, paths, force)

@@ -10,7 +10,7 @@ import click
 import trio
 from click.core import ParameterSource
 
-from host_agent import copy_words, groups, hints
+from host_agent import copy_words, groups, hints, kind
 from host_agent.client import RESTART_TIME, ConnectionLost, connected
 from host_agent.commands.about import complete_source
 from host_agent.commands.common import require_running
@@ -62,6 +62,7 @@ def copy_files(
 
     plan = _plan(context, sources, destination)
     paths = Home.find().instance(plan.instance)
+    kind.choose(attached=paths.attached.exists())
     require_running(paths)
     end = copying.far_end(paths, plan.prefix)
     copy = Copy(lambda text: show.error(UserError(text)), watched=show.err().is_terminal and not quiet)

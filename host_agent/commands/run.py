@@ -1,4 +1,4 @@
-"""Programs in the VM: ``exec`` and ``shell``, which end with their exit status."""
+"""Programs in the instance: ``exec`` and ``shell``, which end with their exit status."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from protocol.link import Link
 def execute(
     with_tty: bool | None, user: str, workdir: str, variables: tuple[str, ...], argv: tuple[str, ...]
 ) -> None:
-    """Run a command in the VM; its exit status is ours."""
+    """Run a command in the VM, or on the attached machine; its exit status is ours."""
     environment = {}
     for variable in variables:
         name, equals, value = variable.partition("=")
@@ -51,7 +51,7 @@ def execute(
 @click.command()
 @click.option("-u", "--user", default="", help="User of the guest; the default is the one named like you.")
 def shell(user: str) -> None:
-    """Open a login shell in the VM, in this folder if the VM has it."""
+    """Open a login shell in the VM, or on the attached machine, in this folder if that has it."""
     run_in_guest([], user, {}, None, Workdir(mounts.here() or "", shared=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -23,10 +22,10 @@ def watch(forever: bool) -> None:
     and port the last line says how things are; boot and note pass. See docs/json.md.
     """
     from host_agent import instance_watch
+    from host_agent.show_json import as_line
 
     def tell(change: instance_watch.Change) -> None:
-        sys.stdout.write(json.dumps(instance_watch.as_object(change)) + "\n")
-        sys.stdout.flush()
+        as_line(instance_watch.as_object(change))
 
     paths = current_instance()
     if not forever:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from host_agent import cli as module
-from host_agent import hints
+from host_agent import hints, kind
 from host_agent.paths import DEFAULT_INSTANCE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,6 +37,7 @@ def agentctl(*words: str) -> Done:
         with pytest.raises(SystemExit) as ended:
             module.main()
         hints.choose(DEFAULT_INSTANCE)  # a process has one command line; this one has many
+        kind.choose(attached=False)
     texts = [stream.buffer.getvalue().decode() for stream in (out, err)]  # type: ignore[attr-defined]
     return Done(int(ended.value.code or 0), *texts)
 
