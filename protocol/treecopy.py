@@ -48,7 +48,8 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record. ``target`` is what a symlink says, and where the content of a file that was asked for begins."""
+    """One record. ``target`` is what a symlink says, of a folder at the top its identity, and of a file that was asked
+    for where its content begins."""
 
     kind: Kind
     name: bytes = b""

@@ -32,9 +32,9 @@ PATIENCE: Final = 10.0
 _OPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def folder_mark(name: bytes) -> bytes:
-    """In a folder that is new under another name: it is a copy of ``name``, which is not complete."""
-    return PREFIX + _of(name) + b"-folder"
+def folder_mark(name: bytes, source: bytes) -> bytes:
+    """In a folder that is new under another name: it is a copy of ``name``, of ``source``, which is not complete."""
+    return PREFIX + _of(name + b"/" + source) + b"-folder"
 
 
 def is_part(name: bytes) -> bool:

@@ -81,6 +81,7 @@ class Receiver:
         self._gauge = gauge or Gauge()
         self._single = single
         self._parts = parts or Parts()
+        self._goes_on = False
         self._shown = destination.rstrip("/")
         self._only_folders = False
         self._rename: bytes | None = None
@@ -138,14 +139,17 @@ class Receiver:
         """Where that goes which comes as ``name``, and not in a folder. () is the destination itself."""
         if self._rename is not None:
             return (self._rename,)
-        if name == b"." or (folder and self._single and self._is_marked(name)):
+        if name == b"." or (folder and self._goes_on):
             return ()
         return (name,)
 
-    def _is_marked(self, name: bytes) -> bool:
-        """The destination was not there when the copy of ``name`` to it began, which was cut off: it goes on there."""
+    def _is_marked(self, entry: Entry) -> bool:
+        """The destination was not there when the copy of this began, which was cut off: it goes on there."""
+        if not self._single or entry.name == b".":
+            return False
         with contextlib.suppress(OSError):
-            status = os.stat(folder_mark(name), dir_fd=self._root, follow_symlinks=False)
+            mark = folder_mark(entry.name, entry.target)
+            status = os.stat(mark, dir_fd=self._root, follow_symlinks=False)
             return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         return False
 
@@ -161,6 +165,8 @@ class Receiver:
         top = len(levels) == 1
         path = (*level.path, entry.name)
         if top:
+            # Before anything is asked of what is in it.
+            self._goes_on = entry.kind is Kind.ENTER and self._is_marked(entry)
             path = self._place(entry.name, folder=entry.kind is Kind.ENTER)
         content = _Content(self._stream, ended=entry.kind is not Kind.FILE)
         below = _Level(-1, 0, path, new=False)
@@ -216,7 +222,7 @@ class Receiver:
             return _Level(descriptor, -1, path, new)
         mark = b""
         if not path or (new and path == (self._rename,)):
-            mark = folder_mark(entry.name)
+            mark = folder_mark(entry.name, entry.target)
             try:
                 os.close(os.open(mark, _MARK, 0o600, dir_fd=descriptor))
             except BaseException:

@@ -21,7 +21,15 @@ from protocol.errors import DecodeError
 from protocol.treecopy import MAX_PIECE, Entry, Kind, encode
 from protocol.treegauge import Gauge
 from protocol.treeparts import is_part
-from protocol.treeresume import ASK_FROM, PART_FROM, digest, encode_start, identity, read_answer
+from protocol.treeresume import (
+    ASK_FROM,
+    PART_FROM,
+    digest,
+    encode_start,
+    folder_identity,
+    identity,
+    read_answer,
+)
 from protocol.treesurvey import Survey
 
 #: Is told the path and a reason.
@@ -161,6 +169,8 @@ class Sender:
             kind = stat.S_IFMT(status.st_mode)
             if kind == stat.S_IFDIR:
                 folder, found = _entered(path, name, shown, below)
+                if not folders:
+                    found = replace(found, target=folder_identity(path))
                 folders.append(folder)
             elif kind == stat.S_IFREG:
                 found = self._opened(folders, path, name, shown, below)

@@ -40,7 +40,7 @@ def test_what_was_left_is_found_by_who_copies_the_same(folder: int) -> None:
 def test_one_of_another_source_goes(folder: int, tmp_path: Path) -> None:
     made(folder).close()
     made(folder, b"another").close()
-    (tmp_path / os.fsdecode(folder_mark(b"name"))).touch()
+    (tmp_path / os.fsdecode(folder_mark(b"name", b"id"))).touch()
     assert Parts().find(folder, b"name", b"00bb") is None
     assert len(list(tmp_path.iterdir())) == 2, "the other file's and the folder's stay"
 
@@ -70,7 +70,7 @@ def test_what_has_its_name_by_now_is_no_part(folder: int, tmp_path: Path) -> Non
 def test_what_nobody_went_on_with_goes_after_a_week(folder: int, tmp_path: Path) -> None:
     made(folder, b"old").close()
     made(folder, b"held")
-    names = [".agentctl-cp-0123-0", os.fsdecode(folder_mark(b"x")), ".agentctl-other", "own"]
+    names = [".agentctl-cp-0123-0", os.fsdecode(folder_mark(b"x", b"id")), ".agentctl-other", "own"]
     for name in names:
         (tmp_path / name).touch()
     for path in tmp_path.iterdir():

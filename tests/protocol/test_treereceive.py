@@ -17,6 +17,7 @@ from protocol.errors import DecodeError
 from protocol.treecopy import Cut, Entry, Kind, encode
 from protocol.treeparts import folder_mark
 from protocol.treereceive import CannotReceive, Receiver
+from protocol.treeresume import folder_identity
 from protocol.treesend import Sender, top_name
 from tests.descriptors import open_descriptors
 
@@ -252,7 +253,7 @@ def test_a_full_disk_ends_it_and_leaves_nothing_half_done(
         received(sent(source), tmp_path / "copy")
     # The folder is not complete, which the next attempt is to know.
     assert [path for path in tree(tmp_path / "copy") if "agentctl" in path] == [
-        folder_mark(b"source").decode()
+        folder_mark(b"source", folder_identity(str(source))).decode()
     ]
 
 

@@ -242,6 +242,18 @@ def test_what_is_there_is_not_sent_again(tmp_path: Path, there: Path) -> None:
     assert names(there / "new" / "folder") == names(root)
 
 
+def test_another_folder_of_the_same_name_is_not_mixed_in(tmp_path: Path, there: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name / "src").mkdir(parents=True)
+        (tmp_path / name / "src" / name).write_bytes(os.urandom(LARGE))
+    copied(tmp_path / "one" / "src", to=there / "new", limit=2 * PART_FROM)
+    copied(tmp_path / "other" / "src", to=there / "new")
+    assert (there / "new" / "src" / "other").exists()
+    copied(tmp_path / "one" / "src", to=there / "new")
+    assert names(there / "new") == ["one", "src"]
+    assert names(there / "new" / "src") == ["other"]
+
+
 def test_a_mode_that_changed_alone_is_set(source: Path, there: Path) -> None:
     copied(source, to=there)
     before = (there / "source").stat().st_ino
