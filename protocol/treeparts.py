@@ -77,15 +77,19 @@ class Parts:
 
     def make(self, folder: int, target: bytes, source: bytes) -> Part | None:
         """An empty one. None if there can be none: another copy is at it. Raises ``OSError``."""
-        name = _name(target, source)
+        name, new = _name(target, source), False
         with contextlib.suppress(FileExistsError):
             os.close(os.open(name, _OPEN | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder))
-        with contextlib.suppress(BlockingIOError):
+            new = True
+        try:
             part = _locked(folder, name)
-            if part is not None:
-                os.ftruncate(part.descriptor, 0)
-            return part
-        return None
+        except BlockingIOError:
+            return None
+        if part is not None:
+            os.ftruncate(part.descriptor, 0)
+        elif new:  # where files are not ours though we make them, or cannot be locked
+            os.unlink(name, dir_fd=folder)
+        return part
 
     def _when_free(self, folder: int, name: bytes) -> Part | None:
         deadline = time.monotonic() + self._patience

@@ -104,7 +104,7 @@ async def _persist(paths: InstancePaths, plan: Plan, user: str, copy: Copy, end:
         try:
             return await _attempt(paths, plan, user, copy, end)
         except (CutOff, ConnectionLost) as error:
-            if not copy.resumes:
+            if not copy.resumes or not (best or copy.gauge.done or copy.gauge.read):
                 raise
             if copy.gauge.done > best:
                 best, since = copy.gauge.done, trio.current_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -53,6 +54,17 @@ def test_two_copies_never_share_one(folder: int, tmp_path: Path) -> None:
     assert first.size == 5
     assert len(list(tmp_path.iterdir())) == 1
     first.close()
+
+
+def test_where_files_cannot_be_locked_there_are_no_parts(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("protocol.treeparts.fcntl.flock", flock)
+    assert Parts().make(folder, b"name", b"00aa") is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_has_its_name_by_now_is_no_part(folder: int, tmp_path: Path) -> None:
