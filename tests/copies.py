@@ -27,6 +27,8 @@ ENOUGH = 4 << 20
 SLACK = 1 << 20
 #: Of what was on its way to the command when it was stopped.
 UNDER_WAY = 16 << 20
+#: Seconds that it runs before it is looked at again, which takes longer; until something came, and from then on.
+UNTIL_BEGUN = 0.1
 MOMENT = 0.02
 
 PART_SIZE = "cat %s/.agentctl-part-* 2>/dev/null | wc -c"
@@ -65,12 +67,16 @@ def in_the_middle(
         try:
 
             def enough() -> bool:
+                nonlocal moment
                 process.send_signal(signal.SIGCONT)
-                time.sleep(MOMENT)
+                time.sleep(moment)
                 process.send_signal(signal.SIGSTOP)
                 assert process.poll() is None, "it was over before it was stopped"
-                return came() >= ENOUGH
+                there = came()
+                moment = MOMENT if there else UNTIL_BEGUN
+                return there >= ENOUGH
 
+            moment = UNTIL_BEGUN
             eventually(enough, 240, 0)
             yield process
             process.send_signal(signal.SIGCONT)
