@@ -96,7 +96,8 @@ def goes_on_when_it_is_called_again(
     kept = eventually(came)
     assert ENOUGH <= kept < SIZE, "else there was nothing to go on with"
     _, before = carried(instance)
-    instance.agentctl("cp", str(source), f"guest:{there}", timeout=240)
+    done = instance.agentctl("cp", str(source), f"guest:{there}", timeout=240)
+    assert done.stdout + done.stderr == b"", "it is no terminal"
     _, after = carried(instance)
     assert SIZE - kept <= after - before < SIZE - kept + SLACK
     # What is whole is not sent again.

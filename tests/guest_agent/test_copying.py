@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -34,6 +37,42 @@ def test_what_one_sends_another_receives(tmp_path: Path) -> None:
         assert receiver.communicate(sent, timeout=20) == (b"", b"")
     assert receiver.returncode == 0
     assert (tmp_path / "b").read_text() == "text"
+
+
+def test_it_asks_and_answers(tmp_path: Path) -> None:
+    """Two processes, joined as the two sides of a copy are."""
+    (tmp_path / "a").write_bytes(os.urandom(3_000_000))
+    (tmp_path / "b").write_bytes((tmp_path / "a").read_bytes())
+    times = (1, 7_000_000_000)
+    for name in "ab":
+        os.utime(tmp_path / name, ns=times)
+    with (
+        copying("offer", "--total", "--", str(tmp_path / "a")) as sender,
+        copying("take", "--single", "--", str(tmp_path / "b")) as receiver,
+    ):
+        assert sender.stdout is not None
+        assert receiver.stdin is not None
+        assert receiver.stdout is not None
+        assert sender.stdin is not None
+        answers = threading.Thread(target=carry, args=(receiver.stdout, sender.stdin))
+        answers.start()
+        sent = carry(sender.stdout, receiver.stdin)
+        answers.join(20)
+        assert (sender.wait(20), receiver.wait(20)) == (0, 0)
+    assert sent < 10_000, "it is there already"
+
+
+def carry(source: IO[bytes], target: IO[bytes]) -> int:
+    """All of it; returns how much that was."""
+    count = 0
+    while data := source.read1(65536):  # type: ignore[attr-defined]
+        count += len(data)
+        with contextlib.suppress(BrokenPipeError):  # who has all may have ended
+            target.write(data)
+            target.flush()
+    with contextlib.suppress(BrokenPipeError):
+        target.close()
+    return count
 
 
 def test_a_problem_is_a_line_and_the_exit_status(tmp_path: Path) -> None:

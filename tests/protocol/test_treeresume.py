@@ -27,18 +27,18 @@ from protocol.treeresume import (
     read_answer,
 )
 from protocol.treesend import Sender
+from protocol.treesurvey import Survey
 
 LARGE = 5 * PART_FROM + 12345
 
 
 @dataclass
 class Copied:
-    """How a copy went. ``written`` is what the sender wrote, records and all."""
+    """How a copy went: as the receiver saw it, and the sender."""
 
     problems: list[tuple[str, str]] = field(default_factory=list)
     gauge: Gauge = field(default_factory=Gauge)
     sender: Gauge = field(default_factory=Gauge)
-    written: int = 0
     error: BaseException | None = None
 
 
@@ -65,7 +65,7 @@ class Line(io.RawIOBase):
 
 
 def copied(
-    *sources: Path | str, to: Path | str, limit: float = float("inf"), single: bool | None = None
+    *sources: Path | str, to: Path | str, limit: float = float("inf"), survey: Survey | None = None
 ) -> Copied:
     """As ``agentctl cp`` does it, over two pipes."""
     done = Copied()
@@ -81,7 +81,7 @@ def copied(
             open(answers, "rb") as heard,
             open(writing, "wb") as file,
         ):
-            sender = Sender(file, tell, done.sender, answers=heard)
+            sender = Sender(file, tell, done.sender, answers=heard, survey=survey)
             for source in sources:
                 sender.send(str(source))
             sender.finish()
@@ -90,8 +90,7 @@ def copied(
     thread.start()
     try:
         with open(answering, "wb", 0) as said, io.BufferedReader(Line(records, limit)) as file:
-            alone = len(sources) == 1 if single is None else single
-            Receiver(file, str(to), tell, done.gauge, single=alone, answers=said).run()
+            Receiver(file, str(to), tell, done.gauge, single=len(sources) == 1, answers=said).run()
     except (Cut, CannotReceive) as error:
         done.error = error
     finally:
@@ -252,6 +251,19 @@ def test_another_folder_of_the_same_name_is_not_mixed_in(tmp_path: Path, there: 
     copied(tmp_path / "one" / "src", to=there / "new")
     assert names(there / "new") == ["one", "src"]
     assert names(there / "new" / "src") == ["other"]
+
+
+def test_both_sides_are_told_how_much_it_is(
+    source: Path, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.treesurvey.WAIT", 60)
+    small = tmp_path / "small"
+    small.write_bytes(b"small")
+    with Survey([str(source), str(small)]) as survey:
+        done = copied(source, small, to=there, survey=survey)
+    assert (done.gauge.total, done.sender.total) == (LARGE + 5, LARGE + 5)
+    assert (done.gauge.done, done.sender.done) == (LARGE + 5, LARGE + 5)
+    assert (done.gauge.files, done.sender.files) == (2, 2)
 
 
 def test_a_mode_that_changed_alone_is_set(source: Path, there: Path) -> None:
