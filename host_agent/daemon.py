@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -393,4 +392,4 @@ class HostAgent(InstanceAgent):
 
 
 if __name__ == "__main__":
-    sys.exit(main(lambda home, paths, given: HostAgent(home, paths, given.lock, given.store)))
+    main(lambda home, paths, given: HostAgent(home, paths, given.lock, given.store))

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 #: How long a guest that nobody but its power button can be asked through may take, seconds.
 POWER_BUTTON_TIME = 120.0
 
+#: How long agent and keeper may take to be gone after they have said that the instance has stopped, seconds: nothing
+#: is left to do then, but on a machine that is busy also that takes time.
+GONE_TIME = 30.0
+
 
 async def lock_is_free(paths: InstancePaths, timeout: float = RESTART_TIME) -> bool:
     """Whether agent and keeper have gone within ``timeout`` seconds."""

@@ -185,13 +185,15 @@ async def stop_instance(paths: InstancePaths, force: bool) -> bool:
         return await ending.end_orphan(paths)
     failure: UserError | RemoteFailure | None = None
     for _ in range(STOP_ATTEMPTS):
+        patience = RESTART_TIME
         try:
             async with connected(paths, patience=RESTART_TIME) as link:
                 await link.request(StopInstance(force), timeout=STOP_TIME)
+                patience = ending.GONE_TIME
         except (UserError, RemoteFailure) as error:
             failure = error
         # Its answer may have been lost, and its keeper goes after it: the lock tells.
-        if await ending.lock_is_free(paths):
+        if await ending.lock_is_free(paths, patience):
             return True
         if not isinstance(failure, ConnectionLost):
             break

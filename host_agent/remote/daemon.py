@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import shlex
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
@@ -325,4 +324,4 @@ async def _no_disk(*_: object) -> NoReturn:
 if __name__ == "__main__":
     from host_agent.remote.over_ssh import install, open_way
 
-    sys.exit(main(lambda home, paths, given: AttachedAgent(home, paths, given, open_way, install)))
+    main(lambda home, paths, given: AttachedAgent(home, paths, given, open_way, install))

@@ -9,15 +9,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import trio
 
 from host_agent import docker_context, ending, state
+from host_agent.client import hello
+from host_agent.commands import lifecycle
 from host_agent.docker_context import Activation
 from host_agent.paths import InstancePaths
 from host_agent.process import ProcessIdentity
 from host_agent.state import InstanceState
+from host_agent.unix_listening import listen_unix
+from protocol.api import Done, StopInstance
+from protocol.errors import LinkError
+from protocol.link import Link, Service
+from protocol.session import Role
 
 
 @pytest.fixture
@@ -112,3 +121,38 @@ def test_the_context_of_before_is_what_comes_back(instance: InstancePaths, docke
     """The activation that is remembered across a crash names what was current before ours."""
     activation = docker_context.activate(docker, "agentctl", Activation("agentctl", "mine", active=True))
     assert activation.previous == "mine"
+
+
+async def test_who_was_told_that_it_stopped_waits_until_it_is_gone(
+    instance: InstancePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last steps of agent and keeper take long, which have nothing left to do."""
+    monkeypatch.setattr(lifecycle, "RESTART_TIME", 0.1)
+    monkeypatch.setattr(ending, "RESTART_TIME", 0.1)
+    lock = state.try_lock(instance.lock)
+    assert lock is not None
+    stopped = trio.Event()
+
+    async def stop(_: StopInstance) -> Done:
+        await trio.lowlevel.checkpoint()
+        stopped.set()
+        return Done()
+
+    async def agent(transport: trio.abc.Stream) -> None:
+        service = Service()
+        service.on_request(StopInstance, stop)
+        with suppress(LinkError):
+            await Link(transport, Role.SERVER, service, hello("agentctl-host")).run()
+
+    async def end_slowly() -> None:
+        await stopped.wait()
+        await trio.sleep(1)
+        os.close(lock)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, agent, [listen_unix(instance.agent_socket)])
+            nursery.start_soon(end_slowly)
+            assert await lifecycle.stop_instance(instance, False)
+            assert not state.is_locked(instance.lock)
+            nursery.cancel_scope.cancel()
