@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import errno
 import signal
 import socket
@@ -30,6 +31,17 @@ MAX_HELD = 256 * 1024 * 1024
 
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: closing says RST."""
+
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
+
+
+def drop_what_comes(taker: socket.socket) -> None:
+    """The kernel throws away each packet for it, unseen: whoever sends them gets no word, not even an ACK.
+
+    socket(7); the filter is one instruction, BPF_RET | BPF_K with 0 bytes to be kept.
+    """
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    taker.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
 class Way:
@@ -88,7 +100,9 @@ class Line:
         self.joined = asyncio.Event()
         self.joined.set()
         self._target = target
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], socket.socket] = {}
+        self._forgotten: list[socket.socket] = []
+        self._vanished = False
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._port = port
@@ -117,10 +131,31 @@ class Line:
     async def cut(self) -> None:
         self.joined.clear()
 
+    async def vanish(self) -> None:
+        self.joined.clear()
+        self._vanished = True
+        for each in self._near():
+            drop_what_comes(each)
+
+    async def forget(self) -> None:
+        for client in self._connections.values():
+            if client.fileno() >= 0:
+                drop_what_comes(client)
+                self._forgotten.append(client.dup())  # open for ever: its end is not told either
+        await self.reset()
+
     async def restore(self) -> None:
+        if self._vanished:
+            self._vanished = False
+            for each in self._near():
+                each.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
         if self._listener is None:
             self.listen()
         self.joined.set()
+
+    def _near(self) -> list[socket.socket]:
+        all_there = [*self._connections.values(), *([self._listener] if self._listener else [])]
+        return [each for each in all_there if each.fileno() >= 0]
 
     async def refuse(self) -> None:
         assert self._listener is not None
@@ -146,8 +181,8 @@ class Line:
                     continue
                 raise
             task = asyncio.create_task(self._serve(accepted))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+            self._connections[task] = accepted
+            task.add_done_callback(self._connections.pop)
 
     async def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError, ExceptionGroup):
@@ -211,8 +246,18 @@ class DelayLine:
         """
         self._command("cut")
 
+    def vanish(self) -> None:
+        """As ``cut``, and the near end's packets are lost: nothing is acknowledged, nobody is connected to."""
+        self._command("vanish")
+
+    def forget(self) -> None:
+        """What is open is never answered again on the near side, as by a router that has forgotten it; its far end
+        has ended. What comes anew is carried, if the line is joined."""
+        self._command("forget")
+
     def restore(self) -> None:
-        """After ``cut``: what was under way arrives, as TCP would send it again. After ``refuse``: listens again."""
+        """After ``cut`` and ``vanish``: what was under way arrives, as TCP would send it again. After ``refuse``: listens
+        again."""
         self._command("restore")
 
     def reset(self) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +88,48 @@ def test_what_was_under_way_when_it_was_cut_arrives_when_it_is_restored(echo: st
         peer.settimeout(PATIENCE)
         line.restore()
         assert peer.recv(100) == b"still there?"
+
+
+def unacknowledged(peer: socket.socket) -> int:
+    """Bytes of which its kernel has not heard that they arrived: SIOCOUTQ, tcp(7)."""
+    answer = fcntl.ioctl(peer, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def test_a_line_that_vanishes_acknowledges_nothing_until_it_is_restored(echo: str) -> None:
+    with DelayLine(echo) as line, connect(line) as peer:
+        ask(peer, b"there?")
+        line.vanish()
+        peer.sendall(b"still there?")
+        with pytest.raises(TimeoutError):
+            socket.create_connection(("127.0.0.1", line.port), timeout=0.5)
+        assert unacknowledged(peer) == len(b"still there?")
+        line.restore()
+        assert peer.recv(100) == b"still there?"
+        with connect(line) as another:
+            ask(another, b"there?")
+
+
+def test_what_is_forgotten_is_silent_for_ever_and_what_comes_anew_is_carried(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with DelayLine(path) as line, connect(line) as peer:
+            with listener.accept()[0] as accepted:
+                accepted.sendall(b"here")
+                assert peer.recv(100) == b"here"
+                line.forget()
+                accepted.settimeout(PATIENCE)
+                assert accepted.recv(100) == b""
+            peer.sendall(b"still there?")
+            peer.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                peer.recv(100)
+            assert unacknowledged(peer) > 0
+            with connect(line) as another, listener.accept()[0] as accepted:
+                accepted.sendall(b"here")
+                assert another.recv(100) == b"here"
 
 
 def test_a_reset_line_ends_connections_and_takes_new_ones(echo: str) -> None:

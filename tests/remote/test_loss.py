@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -67,7 +69,7 @@ def _connects(port: int) -> bool:
         return False
 
 
-def test_a_reset_is_waited_out(attached: Site) -> None:
+def test_a_reset_is_waited_out(attached: Site, long: bool) -> None:
     """What is open stays open; who reads in that moment waits."""
     port = free_port()
     (attached.share / "held").write_text("held\n")
@@ -78,7 +80,7 @@ def test_a_reset_is_waited_out(attached: Site) -> None:
         ),
     ):
         assert eventually(lambda: fetch(port)) == b"the page"
-        for number in range(3):
+        for number in range(3 if long else 1):
             attached.line.reset()
             attached.sh(f"echo {number} >share/written{number}")
             assert (attached.share / f"written{number}").read_text() == f"{number}\n"
@@ -126,6 +128,50 @@ def test_silence_that_nobody_announces(attached: Site, seconds: float) -> None:
     everything_works(attached)
 
 
+def sleep(pids: Sequence[int], seconds: float) -> None:
+    """What a laptop's sleep is to its processes."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        threading.Event().wait(seconds)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    "seconds", [3, pytest.param(60, marks=pytest.mark.long), pytest.param(300, marks=pytest.mark.long)]
+)
+def test_a_laptop_that_sleeps_and_whose_connections_are_forgotten_meanwhile(
+    attached: Site, seconds: float
+) -> None:
+    """The machine knows it as soon as it sleeps, this side not before it asks; nobody tells it."""
+    with attached.user.config.open("a") as config:
+        config.write("    ServerAliveInterval 2\n")  # without which it asks each 15 s
+    attached.line.reset()
+    everything_works(attached)
+    (attached.share / "promised").write_text("before\n")
+    port = free_port()
+    with attached.machine.start([PYTHON, "-c", WEB, "127.0.0.1", str(port)], USER):
+        assert eventually(lambda: fetch(port)) == b"the page"
+        eventually(lambda: attached.sh("cat share/promised") == "before\n")
+        host_side = attached.user.processes()
+        attached.line.forget()
+        (attached.share / "promised").write_text("asleep\n")
+        sleep(host_side, seconds)
+        everything_works(attached)
+        eventually(lambda: attached.sh("cat share/promised", status=None) == "asleep\n")
+        assert eventually(lambda: fetch(port)) == b"the page"
+    assert set(attached.user.processes()) == set(host_side)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [60, 300])
+def test_a_laptop_that_sleeps_on_a_network_that_waits_for_it(attached: Site, seconds: float) -> None:
+    sleep(attached.user.processes(), seconds)
+    everything_works(attached)
+
+
 def with_less_patience(attached: Site) -> None:
     """Calls over there wait for 3 s instead of 30."""
     module = ".cache/agentctl/agent-*/guest_agent/fuse/host.py"
@@ -152,3 +198,22 @@ def test_longer_than_patience_is_an_error_with_a_name_until_it_is_back(attached:
         everything_works(attached)
         assert not (attached.share / "never-made").exists()
         assert eventually(lambda: fetch(port)) == b"the page"
+
+
+def test_a_network_that_drops_everything_without_a_word(attached: Site) -> None:
+    """No packet is answered, not even by its kernel. That a session is silent is found out within 20 s, and then calls
+    wait for as long as they are patient. Who lets go of the machine meanwhile does not wait for it."""
+    with_less_patience(attached)
+    attached.line.vanish()
+    for _ in range(2):
+        failed = attached.machine.run(["touch", "share/never-made"], USER, status=1)
+        assert "Input/output error" in failed.errors
+    attached.user.wait_connected(False)
+    attached.user.detach()
+    assert attached.user.processes() == []
+    assert "ends by itself, in 600 s" in attached.user.log()
+    assert attached.machine.fuse_mounts() == [attached.there]
+    attached.line.restore()
+    attached.user.attach()
+    everything_works(attached)
+    assert not (attached.share / "never-made").exists()

@@ -6,13 +6,14 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
+from host_agent import clock_jumps
 from host_agent.errors import UserError
 from host_agent.remote import connection, ssh_config, ssh_line, ssh_thread
 from host_agent.remote.failures import Refused, Unreachable
@@ -679,25 +680,50 @@ async def test_silence_is_a_loss_at_once_after_this_machine_has_slept(
     sshd: Sshd, client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keepalives alone would take a minute; a jump of the clock asks at once."""
+    told, jump = trio.open_memory_channel[Callable[[], None]](1)
+
+    async def watch(jumped: Callable[[], None]) -> None:
+        told.send_nowait(jumped)
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(clock_jumps, "watch", watch)
     monkeypatch.setattr(ssh_line, "PROOF_INTERVAL", 0.2)
     client.may_enter(sshd)
     with DelayLine(f"{sshd.address}:{sshd.port}") as delay:
         client.trust(sshd, delay.port)
         async with standing(Address("127.0.0.1", account(), delay.port)) as line:
+            jumped = await jump.receive()
             async with carried(line, folder / "s", "exec cat"):
                 assert await reaches(folder / "s")
-                line.hurry()  # it is there: nothing is lost
+                jumped()  # it is there: nothing is lost
                 await trio.sleep(2)
                 assert line.condition.state is LinkState.CONNECTED
                 since = line.condition.since
-                delay.cut()
-                line.hurry()
+                delay.vanish()
+                jumped()
                 await until(line, LinkState.LOST)
                 delay.refuse()
                 delay.restore()
-                line.hurry()
+                jumped()
                 assert await reaches(folder / "s")
                 assert line.condition.since > since
+
+
+async def test_a_line_is_ended_while_no_packet_of_it_arrives(
+    sshd: Sshd, client: Client, folder: Path
+) -> None:
+    """With much under way both ways, which nobody is going to take."""
+    client.may_enter(sshd)
+    with DelayLine(f"{sshd.address}:{sshd.port}") as delay:
+        client.trust(sshd, delay.port)
+        with trio.fail_after(PATIENCE):
+            async with standing(Address("127.0.0.1", account(), delay.port)) as line:
+                async with carried(line, folder / "s", "exec cat"), await connected(folder / "s") as stream:
+                    with trio.move_on_after(1):
+                        while True:
+                            await stream.send_all(bytes(MIB))
+                    delay.vanish()
+        assert not (folder / "s").exists()
 
 
 async def test_a_machine_that_has_another_key_after_a_loss_is_not_tried_again(
