@@ -185,6 +185,16 @@ def test_keeper_and_host_agent_killed_at_once_and_up_takes_the_vm_over(vm: Insta
     assert after["qemu_pid"] == before["qemu_pid"]
 
 
+def leave_behind_what_a_power_cut_does(vm: Instance) -> None:
+    """Sockets, an identity of a process that is gone, a state that says running: no obstacle for the next start."""
+    for name in ("agent.sock", "docker.sock", "control.sock", "qmp.sock"):
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(vm.directory / name))
+    (vm.directory / "qemu.json").write_text('{"pid": 1, "birth": "long ago"}')
+    (vm.directory / "state.json").write_text('{"wanted": true, "started_at": 1.0}')
+    assert vm.status()["stage"] == "failed"
+
+
 def test_qemu_killed_leaves_nothing_and_up_brings_the_data_back(
     vm: Instance, image: str, tmp_path: Path
 ) -> None:
@@ -211,8 +221,10 @@ def test_qemu_killed_leaves_nothing_and_up_brings_the_data_back(
     assert not InstancePaths(vm.directory).bulk_memory.exists()
     assert vm.docker("context", "show") == "default"
 
+    leave_behind_what_a_power_cut_does(vm)
     # Without the memory that host and VM share, now that it starts anyway; with it again after the next stop.
     vm.agentctl("up", "--no-bulk")
+    assert vm.status()["stage"] == "running"
     # A container that restarts is back by itself, and its port with it.
     assert eventually(lambda: fetch(port)) == b"hello\n"
     assert vm.guest("cat /home/kept") == "kept\n"
@@ -241,6 +253,8 @@ def test_stop_ends_everything_and_keeps_containers_images_and_flags(
         meanwhile = vm.agentctl("up", check=False)
         assert meanwhile.returncode == 5
         assert b"just stopping" in meanwhile.stderr
+        # A host agent that is killed while it stops the instance has a successor that goes on with that.
+        kill(vm.status()["agent_pid"])
     assert stopping.returncode == 0
     assert vm.status()["stage"] == "stopped"
     assert vm.processes() == []
@@ -351,22 +365,3 @@ def test_deleting_asks_and_logs_tell(vm: Instance) -> None:
     assert b"Linux version" in vm.agentctl("logs", "--component", "console", "-n", "1000").stdout
     assert b"dockerd" in vm.agentctl("logs", "--component", "docker").stdout
     assert b"session" in vm.agentctl("logs", "--component", "guest").stdout
-
-
-def test_a_stale_socket_of_a_power_cut_is_no_obstacle(vm: Instance) -> None:
-    """What a cut leaves: sockets, an identity of a process that is gone, a state that says running."""
-    # On the way there: an agent that is killed while it stops the instance. Its successor goes on with that.
-    with vm.popen("stop", stderr=subprocess.DEVNULL) as stopping:
-        eventually(lambda: vm.status()["stage"] == "stopping")
-        kill(vm.status()["agent_pid"])
-    assert stopping.returncode == 0
-    assert vm.status()["stage"] == "stopped"
-    assert vm.processes() == []
-    for name in ("agent.sock", "docker.sock", "control.sock", "qmp.sock"):
-        with socket.socket(socket.AF_UNIX) as stale:
-            stale.bind(str(vm.directory / name))
-    (vm.directory / "qemu.json").write_text('{"pid": 1, "birth": "long ago"}')
-    (vm.directory / "state.json").write_text('{"wanted": true, "started_at": 1.0}')
-    assert vm.status()["stage"] == "failed"
-    vm.agentctl("up")
-    assert vm.status()["stage"] == "running"
