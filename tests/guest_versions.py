@@ -24,25 +24,32 @@ TEST_PACKAGES = [
     "python3-pytest-trio",
     "python3-pytest-xdist",
     "python3-hypothesis",
+    "fuse3",
     "iproute2",
     "procps",
     "mount",
     "openssl",
 ]
 
-# Runs as root of its namespaces. The sources are bound read-only; everything else of the host stays out.
+# Runs as root of its namespaces. The sources are bound read-only; everything else of the host stays out. Not a chroot:
+# tests make mount namespaces, whose root is the one that is mounted there.
 INSIDE = """
 set -eu
 root=$1; sources=$2; shift 2
 mount --make-rprivate /
+mount --bind "$root" "$root"
 mkdir -p "$root/src" "$root/proc" "$root/sys" "$root/dev"
+ln -sfn ../proc/self/mounts "$root/etc/mtab"  # as any system has it
 mount --bind "$sources" "$root/src"
 mount -o remount,ro,bind "$root/src"
 mount --rbind /proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/tmp"
-exec chroot "$root" env -i PATH=/usr/sbin:/usr/bin HOME=/tmp LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 \
+cd "$root"
+pivot_root . .
+umount -l .
+exec chroot . env -i PATH=/usr/sbin:/usr/bin HOME=/tmp LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 \
     sh -c 'cd /src && exec "$@"' sh python3 -m pytest -q -p no:cacheprovider "$@" tests/protocol tests/guest_agent
 """
 
