@@ -1,4 +1,4 @@
-"""Builds the guest image by itself: ``python -m provision DIRECTORY`` prints the folder of the image."""
+"""Builds guest images by themselves: ``python -m provision DIRECTORY [RUNTIME...]`` prints the folder of each."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from provision.errors import ProvisionError
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m provision DIRECTORY", file=sys.stderr)
+    store, *runtimes = sys.argv[1:] or [""]
+    if not store or not set(runtimes) <= {*recipe.RUNTIMES}:
+        print(f"usage: python -m provision DIRECTORY [{'|'.join(recipe.RUNTIMES)}]...", file=sys.stderr)
         return 2
     try:
-        built = image.ensure(Path(sys.argv[1]), recipe.load(), lambda line: print(line, file=sys.stderr))
+        for runtime in runtimes or [recipe.DOCKER]:
+            wanted = recipe.load(runtime=runtime)
+            print(image.ensure(Path(store), wanted, lambda line: print(line, file=sys.stderr)).directory)
     except ProvisionError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(built.directory)
     return 0
 
 
