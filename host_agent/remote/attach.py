@@ -197,8 +197,9 @@ class Attempt:
             groups.run(ending.lock_is_free, paths)
         record.save(paths, wanted)  # first: what the configuration is by default depends on it
         configuration.update(paths, lambda: _configured(paths, specs, wishes))
+        told = self._asked_again()
         status = self._start_agent()
-        warnings = (*status.warnings, *groups.run(_mount_warnings, paths))
+        warnings = (*told, *status.warnings, *groups.run(_mount_warnings, paths))
         return UpResult(status, started=True, warnings=warnings)
 
     async def _reach(self, wanted: Attached) -> Installed:
@@ -207,6 +208,21 @@ class Attempt:
         async with self.ways.open_way(wanted, self.asked) as way:
             await way.connect()
             return await self.ways.install(way, self.progress)
+
+    def _asked_again(self) -> tuple[str, ...]:
+        """What was for one login was for ours. The host agent logs in itself, once, so it needs another; whoever gives
+        it is told what that means."""
+        spent = [question for question in self.asked.answers if answers.is_for_one_login(question)]
+        if not spent:
+            return ()
+        self.progress(f"{self.address} asks at each login; once more, for the connection that stays")
+        for question in spent:
+            if self.asked.ask(question, secret=True) is None:
+                raise UserError(f"{self.address} was not answered", "attach it again", ExitCode.GUEST)
+        return (
+            f"{self.address} asks for an answer at each login: when its connection is lost, attach it again "
+            f"(agentctl attach {self.paths.name})",
+        )
 
     def _start_agent(self) -> InstanceStatus:
         given = answers.keep(self.asked.answers)

@@ -21,7 +21,8 @@ import asyncssh
 
 from host_agent.errors import UserError
 from host_agent.remote import known_hosts, ssh_config
-from host_agent.remote.failures import Refused, Unreachable, explained, try_it
+from host_agent.remote.answers import is_for_one_login
+from host_agent.remote.failures import Refused, Unreachable, explained, try_it, unanswered
 from host_agent.remote.machine import Address, shown
 
 P = ParamSpec("P")
@@ -167,6 +168,8 @@ class _Dial:
             except asyncssh.HostKeyNotVerifiable as error:
                 await self._settle(target, given, known, client, files[0], str(error))
             except Exception as error:  # what a server sends may come out of asyncssh as anything
+                if isinstance(error, asyncssh.PermissionDenied) and client.unanswered:
+                    raise unanswered(client.unanswered, target, given) from None
                 raise explained(error, target, given) from error
 
     def _words(
@@ -288,6 +291,8 @@ class _Client(asyncssh.SSHClient):
 
     def __init__(self, dial: _Dial, account: str, lost: Callable[[Exception | None], None]) -> None:
         self.offered: asyncssh.SSHKey | None = None
+        self.unanswered = ""
+        """What it asks for at each login, and had no answer to."""
         self._dial = dial
         self._account = account
         self._lost = lost
@@ -311,8 +316,10 @@ class _Client(asyncssh.SSHClient):
     ) -> list[str] | None:
         answers = []
         for prompt, shown_while_typed in prompts:
-            answer = await self._fresh(self._asks(prompt), secret=not shown_while_typed)
+            question = self._asks(prompt)
+            answer = await self._fresh(question, secret=not shown_while_typed)
             if answer is None:
+                self.unanswered = question if is_for_one_login(question) else ""
                 return None
             answers.append(answer)
         return answers

@@ -108,7 +108,7 @@ class AttachedAgent(InstanceAgent):
             await trio.sleep_forever()
 
     async def _keep_way(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with self._open_way(self._record, Remembered(answers.read(self._answers))) as self._way:
+        async with self._open_way(self._record, Remembered(answers.take(self._answers))) as self._way:
             self._way.on_change(self._on_condition)
             task_status.started()
             await trio.sleep_forever()

@@ -35,6 +35,14 @@ def try_it(target: Address) -> str:
     return f"Try it with: {shlex.join([*words, (f'{target.user}@' if target.user else '') + target.host])}"
 
 
+def unanswered(question: str, target: Address, given: asyncssh.SSHClientConnectionOptions) -> Refused:
+    """The machine wants something for this login alone, and has not had it."""
+    return Refused(
+        f"{given.host}:{given.port} wants an answer at each login: {question.splitlines()[-1]}",
+        "Attach it again, at a terminal, and give one that was not used. To be spared that, let a key suffice there.",
+    )
+
+
 def explained(
     error: Exception, target: Address, given: asyncssh.SSHClientConnectionOptions
 ) -> Refused | Unreachable:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from host_agent.progress import Line
+from host_agent.remote.answers import is_for_one_login
 
 #: Bytes of an answer; a longer one is a mistake.
 MAX_ANSWER = 4096
@@ -31,12 +32,14 @@ class Asked(Protocol):
 
 
 class Remembered:
-    """Nobody is there; what was answered before counts, once for each connection."""
+    """Nobody is there; what was answered before counts, once for each connection, or once if it is for one login."""
 
     def __init__(self, answers: Mapping[str, str]) -> None:
         self.answers = dict(answers)
 
     def ask(self, question: str, *, secret: bool) -> str | None:
+        if is_for_one_login(question):
+            return self.answers.pop(question, None)
         return self.answers.get(question)
 
     def trust(self, host: str, key_type: str, fingerprint: str) -> bool:

@@ -17,6 +17,7 @@ from host_agent.remote import connection, ssh_config
 from host_agent.remote.connection import Prompts, connect
 from host_agent.remote.failures import Refused, Unreachable
 from host_agent.remote.machine import MAX_SENTENCE, Address
+from host_agent.remote.prompts import Remembered
 
 PATIENCE = 60.0
 
@@ -31,6 +32,19 @@ class Person:
     def ask(self, question: str, *, secret: bool) -> str | None:
         self.asked.append((question, secret))
         return self.answers.pop(0) if self.answers else None
+
+    def trust(self, host: str, key_type: str, fingerprint: str) -> bool:
+        return True
+
+
+@dataclass
+class Known:
+    """Answers as ``remembered`` does, and trusts the machine."""
+
+    remembered: Remembered
+
+    def ask(self, question: str, *, secret: bool) -> str | None:
+        return self.remembered.ask(question, secret=secret)
 
     def trust(self, host: str, key_type: str, fingerprint: str) -> bool:
         return True
@@ -158,6 +172,30 @@ def test_each_line_of_a_machines_question_says_whose_it_is() -> None:
     )
     assert set(more) == {"me@127.0.0.1 asks: x"}
     assert len(more) < connection.MAX_LINES
+
+
+def test_a_code_for_one_login_is_not_said_at_the_next() -> None:
+    """Not even once: a machine that counts would lock the account. Whoever looks is told what is wanted."""
+    heard: list[list[str]] = []
+
+    class Codes(Questions):
+        def get_kbdint_challenge(
+            self, username: str, lang: str, submethods: str
+        ) -> tuple[str, str, str, list[tuple[str, bool]]]:
+            return "", "", "", [("Password: ", False), ("Code: ", False)]
+
+        def validate_kbdint_response(self, username: str, responses: list[str]) -> bool:
+            heard.append(responses)
+            return True
+
+    asks = "me@127.0.0.1 asks: "
+    remembered = Remembered({f"{asks}Password:": "right", f"{asks}Code:": "123"})
+    known = Known(remembered)
+    attempt(Codes, known)
+    with pytest.raises(Refused, match=f"wants an answer at each login: {asks}Code:") as refused:
+        attempt(Codes, known)
+    assert "Attach it again" in refused.value.hint
+    assert heard == [["right", "123"]]
 
 
 def test_who_gives_up_is_not_let_in() -> None:

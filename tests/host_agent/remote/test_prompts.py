@@ -75,3 +75,33 @@ def test_what_was_answered_is_remembered_and_no_key_is_trusted_from_that() -> No
     assert answers.read(given) == {}
     assert answers.keep({}) is None
     assert answers.read(None) == {}
+
+
+PASSWORD, CODE = "me@box asks: (me@box) Password:", "me@box asks: Verification code:"
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        (PASSWORD, False),
+        ("Password of me@box", False),
+        ("Passphrase of the key ~/.ssh/id_ed25519", False),
+        (CODE, True),
+        ("me@box asks: One-time password (OATH) for `me':", True),
+        ("me@box asks: Duo two-factor login for me\nme@box asks: Passcode or option (1-3):", True),
+    ],
+)
+def test_what_is_for_one_login(question: str, expected: bool) -> None:
+    assert answers.is_for_one_login(question) is expected
+
+
+def test_a_code_is_said_once_and_only_by_who_was_first() -> None:
+    given = answers.keep({PASSWORD: "open sesame", CODE: "123456"})
+    assert given is not None
+    first, successor = Remembered(answers.take(given)), Remembered(answers.take(given))
+    os.close(given)
+    for expected in ("123456", None):
+        assert first.ask(CODE, secret=True) == expected
+        assert first.ask(PASSWORD, secret=True) == "open sesame"
+        assert successor.ask(PASSWORD, secret=True) == "open sesame"
+        assert successor.ask(CODE, secret=True) is None
