@@ -39,6 +39,14 @@ def attached(request: pytest.FixtureRequest) -> Iterator[Site]:
         assert made.user.processes() == []
 
 
+@pytest.fixture
+def much(attached: Site, long: bool) -> Site:
+    """For what moves much, which is the same for every account."""
+    if attached.account != USER and not long:
+        pytest.skip("a full-length campaign; run with --long")
+    return attached
+
+
 # --- what is said of it ----------------------------------------------------------------------------------
 
 
@@ -60,6 +68,11 @@ def test_what_reads_an_instance_reads_this_one(attached: Site) -> None:
     assert attached.there in json.dumps(load["mounts"])
 
 
+def test_without_docker_there_is_nothing_of_dockers(attached: Site) -> None:
+    assert not (attached.user.directory / "docker.sock").exists()
+    assert not [*attached.user.docker_config.glob("contexts/meta/*/meta.json")]
+
+
 # --- ports -----------------------------------------------------------------------------------------------
 
 
@@ -71,9 +84,9 @@ def test_a_port_is_there_and_gone_with_its_program(attached: Site, address: str)
     eventually(lambda: is_refused(port))
 
 
-def test_two_hundred_connections_one_after_another(attached: Site) -> None:
+def test_two_hundred_connections_one_after_another(much: Site) -> None:
     port = free_port()
-    with attached.machine.start([PYTHON, "-c", WEB, "127.0.0.1", str(port)], attached.account):
+    with much.machine.start([PYTHON, "-c", WEB, "127.0.0.1", str(port)], much.account):
         eventually(lambda: fetch(port))
         assert [fetch(port) for _ in range(200)] == [b"the page"] * 200
 
@@ -139,10 +152,10 @@ def test_a_program_that_builds(attached: Site) -> None:
     assert names == {f"file{i}" for i in range(1, 101)}
 
 
-def test_a_large_file_on_the_mount(attached: Site) -> None:
-    (attached.share / "noise").write_bytes(os.urandom(20_000_000))
-    attached.sh("cp share/noise share/copy && cmp share/noise share/copy")
-    assert (attached.share / "copy").read_bytes() == (attached.share / "noise").read_bytes()
+def test_a_large_file_on_the_mount(much: Site) -> None:
+    (much.share / "noise").write_bytes(os.urandom(20_000_000))
+    much.sh("cp share/noise share/copy && cmp share/noise share/copy")
+    assert (much.share / "copy").read_bytes() == (much.share / "noise").read_bytes()
 
 
 # --- programs --------------------------------------------------------------------------------------------
@@ -218,26 +231,26 @@ def test_a_shell_has_a_terminal_of_our_size_that_follows_ours(attached: Site) ->
         os.close(terminal)
 
 
-def test_a_large_file_goes_over_and_goes_on_where_it_was_interrupted(attached: Site) -> None:
-    source, there = attached.directory / "over", f"/mnt/{attached.account}/over"
+def test_a_large_file_goes_over_and_goes_on_where_it_was_interrupted(much: Site) -> None:
+    source, there = much.directory / "over", f"/mnt/{much.account}/over"
     source.mkdir(exist_ok=True)
-    attached.sh("rm -rf over && mkdir over")
+    much.sh("rm -rf over && mkdir over")
     copies.goes_on_when_it_is_called_again(
-        attached.user, source, there, lambda: int(attached.sh(copies.PART_SIZE % "over"))
+        much.user, source, there, lambda: int(much.sh(copies.PART_SIZE % "over"))
     )
-    assert attached.sh("ls -A over") == "noise\n"
+    assert much.sh("ls -A over") == "noise\n"
     digest = hashlib.sha256((source / "noise").read_bytes()).hexdigest()
-    assert attached.sh("sha256sum over/noise").split()[0] == digest
+    assert much.sh("sha256sum over/noise").split()[0] == digest
 
 
-def test_a_large_file_comes_over_and_goes_on_by_itself(attached: Site) -> None:
-    back = attached.directory / "back"
+def test_a_large_file_comes_over_and_goes_on_by_itself(much: Site) -> None:
+    back = much.directory / "back"
     shutil.rmtree(back, ignore_errors=True)
     back.mkdir()
-    attached.sh(f"head -c {copies.SIZE} /dev/urandom >large")
-    copies.goes_on_by_itself(attached.user, back, f"/mnt/{attached.account}/large", attached.line.reset)
+    much.sh(f"head -c {copies.SIZE} /dev/urandom >large")
+    copies.goes_on_by_itself(much.user, back, f"/mnt/{much.account}/large", much.line.reset)
     digest = hashlib.sha256((back / "large").read_bytes()).hexdigest()
-    assert attached.sh("sha256sum large").split()[0] == digest
+    assert much.sh("sha256sum large").split()[0] == digest
 
 
 # --- ends of parts ---------------------------------------------------------------------------------------

@@ -50,13 +50,6 @@ def contexts(made: Site) -> list[str]:
     return [json.loads(path.read_text())["Endpoints"]["docker"]["Host"] for path in found]
 
 
-def test_a_machine_without_docker(place: Site) -> None:
-    place.user.attach()
-    assert place.user.status()["stage"] == "running"
-    assert not (place.user.directory / "docker.sock").exists()
-    assert contexts(place) == []
-
-
 def test_dockers_socket_is_here_and_the_context_is_not_current(place: Site) -> None:
     with place.machine.start([PYTHON, "-c", DOCKER, SOCKET, "666"]):
         eventually(lambda: place.machine.sh(f"test -S {SOCKET} && echo there", status=None))

@@ -66,7 +66,7 @@ def vm(attached: Site) -> Instance:
 
 
 def test_posix_on_the_mount_is_what_it_is_below_it(attached: Site, long: bool) -> None:
-    options = ["--names", "300", "--every", "1" if long else "4"]
+    options = ["--names", "300", "--every", "1" if long else "8"]
 
     def outcomes(scripts: str, place: str) -> dict[str, Any]:
         run = ["sh", "-c", f'cd {scripts} && exec {PYTHON} -B posix_table.py "$@"', "sh", place, *options]
