@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.remote.delay_line import DelayLine
+from tests.delay_line import DelayLine
 from tests.remote.keys import Keys
 from tests.remote.machine import Machine
 from tests.remote.user import User, make_user

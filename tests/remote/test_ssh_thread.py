@@ -20,7 +20,7 @@ from host_agent.remote.failures import Refused, Unreachable
 from host_agent.remote.machine import Address
 from host_agent.remote.ssh_thread import Finished, SshLines
 from protocol.api import LinkState
-from tests.remote.delay_line import DelayLine
+from tests.delay_line import DelayLine
 from tests.remote.sshd import Client, Sshd, account, agent, known_as, make_key, program, public
 
 PATIENCE = 60.0

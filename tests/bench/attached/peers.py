@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -31,6 +30,7 @@ from tests.bench.files.peers import find_sftp_server, joined
 from tests.bench.files.report import OURS
 from tests.bench.files.runner import Peer, PeerFailed
 from tests.bench.ports.peers import sshd, sshd_config
+from tests.delay_line import DelayLine
 from tests.files.harness import FileServer, TrioThread
 from tests.files.service import FilesAgent
 from tests.free_ports import free_port
@@ -65,16 +65,14 @@ class Machine:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentctl-bench-")))
         self.key, host_key = ssh.new_key(self.directory / "key"), ssh.new_key(self.directory / "host-key")
-        self.port, listen = free_port(), free_port()
+        listen = free_port()
         configuration = self.directory / "sshd_config"
         configuration.write_text(sshd_config(listen, host_key, self.key.with_suffix(".pub")))
         program = sshd()
         assert program is not None
         self._start(stack, [program, "-D", "-e", "-f", str(configuration)])
-        script = str(Path(__file__).with_name("delay.py"))
-        self._start(stack, [sys.executable, script, str(self.port), str(listen), str(round_trip / 2)])
-        for port in (listen, self.port):
-            _wait_until_listening(port)
+        _wait_until_listening(listen)
+        self.port = stack.enter_context(DelayLine(f"127.0.0.1:{listen}", round_trip / 2)).port
 
     def _start(self, stack: contextlib.ExitStack, command: list[str]) -> None:
         with (self.work / "machine.log").open("ab") as log:

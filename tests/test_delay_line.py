@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.remote.delay_line import DelayLine
+from tests.delay_line import DelayLine
 from tests.remote.sshd import Client, Sshd, account, program
 
 PATIENCE = 30.0
@@ -75,6 +75,35 @@ def test_a_delay_is_no_limit_of_what_is_under_way(echo: str) -> None:
         peer.settimeout(0.2)
         with pytest.raises(TimeoutError):
             peer.recv(1)
+
+
+def test_what_follows_is_not_held_by_what_is_before_it(echo: str) -> None:
+    """Fifty messages, each after the one before was taken: they take one delay, and not fifty."""
+    with DelayLine(echo, 0.5) as line, connect(line) as peer:
+        for _ in range(50):
+            peer.sendall(b"x" * 1000)
+            time.sleep(0.005)
+        started, left = time.monotonic(), 50_000
+        while left:
+            left -= len(peer.recv(left))
+        assert time.monotonic() - started < 25
+
+
+def test_the_end_of_one_side_reaches_the_other_behind_what_it_has_sent(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with DelayLine(path, 0.05) as line, connect(line) as near, listener.accept()[0] as far:
+            near.sendall(b"last")
+            near.shutdown(socket.SHUT_WR)
+            far.settimeout(PATIENCE)
+            received = b""
+            while data := far.recv(100):
+                received += data
+            assert received == b"last"
+            far.sendall(b"answer")
+            assert near.recv(100) == b"answer"
 
 
 def test_what_was_under_way_when_it_was_cut_arrives_when_it_is_restored(echo: str) -> None:
