@@ -127,10 +127,12 @@ class Entry:
 @record
 class Removed:
     """``above``: the attributes of the directory in which the name was, if they are promised. ``promise``: ``NAME`` if
-    there is no such name now."""
+    there is no such name now. ``node``: the file that had it, the only one whose attributes have changed with that; 0:
+    it is not known which."""
 
     above: bytes = b""
     promise: int = 0
+    node: int = 0
 
 
 @record
@@ -193,12 +195,19 @@ class Listing:
 
 @record
 class Renamed:
-    """``node`` has the new name now (0: it is not known to the guest). The promise is of the new name, with
-    RENAME_EXCHANGE of both. ``files``: neither it nor what had the new name before is a directory."""
+    """``node`` has the new name now (0: it is not known to the guest). ``promise``: ``NAME`` of the new name, with
+    RENAME_EXCHANGE of both; ``ATTRIBUTES`` of ``attr``, those of a file afterwards. ``files``: neither it nor what had
+    the new name before is a directory. ``replaced`` had the new name before, ``node`` itself if nothing had; 0: it is
+    not known which. Within one directory the new name is promised together with ``gone``, that there is no such name
+    as the old one, and ``above``, the directory's attributes."""
 
     node: int = 0
     promise: int = 0
     files: bool = False
+    attr: bytes = b""
+    replaced: int = 0
+    gone: bool = False
+    above: bytes = b""
 
 
 @record

@@ -280,11 +280,15 @@ class Interest:
     def __init__(self) -> None:
         self._counts: OrderedDict[int, list[int]] = OrderedDict()
         """Lookups since it was listed, and how many it takes."""
+        self._first: int = 0
+        """The directory that was ``asked`` for the first time just now."""
 
     def asked(self, node: int) -> bool:
         """The host had to be asked for a name of this directory: whether the directory is to be listed now."""
         counts = self._counts.get(node)
+        self._first = 0
         if counts is None:
+            self._first = node
             counts = self._counts[node] = [0, FEW]
             if len(self._counts) > MAX_COUNTED:
                 self._counts.popitem(last=False)
@@ -302,6 +306,10 @@ class Interest:
     def is_new(self, node: int) -> bool:
         """Whether it was ``asked`` for the first time, or for the first time since it was listed."""
         return node in self._counts and self._counts[node][0] == 1
+
+    def is_first(self, node: int) -> bool:
+        """Whether it was ``asked`` for the first time ever, just now."""
+        return node == self._first
 
     def listed(self, node: int, count: int, *, helps: bool) -> None:
         """A piece with ``count`` names has come. ``helps``: with names that were not here before."""

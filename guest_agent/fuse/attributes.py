@@ -63,11 +63,16 @@ async def setattr_(volume: Volume, request: Request) -> bytes:
 
 
 async def statfs(volume: Volume, request: Request) -> bytes:
+    if volume.host.is_far and (known := volume.room.known()) is not None:
+        return known
+    changes = volume.room.changes
     call = GetFilesystemSize(volume.share, request.unique ^ volume.salt, request.nodeid)
     size = await volume.host.ask(call)
-    return bodies.statfs_out(
+    answer = bodies.statfs_out(
         size.blocks, size.bfree, size.bavail, size.files, size.ffree, size.bsize, size.namelen, size.frsize
     )
+    volume.room.keep(answer, changes)
+    return answer
 
 
 async def getxattr(volume: Volume, request: Request) -> bytes:

@@ -37,6 +37,8 @@ async def read(volume: Volume, request: Request) -> bytes | Loan:
     _fh, offset, size, *_ = bodies.parse_read(request.body)
     node, contents = request.nodeid, volume.contents
     unique = request.unique ^ volume.salt
+    if node in volume.written and (end := volume.read_written(node, offset, size)) is not None:
+        return end
     if node in contents and (data := await contents.read(unique, node, offset, size)) is not None:
         return data
     if (ahead := await volume.readahead.read(unique, node, offset, size)) is not None:
@@ -58,12 +60,17 @@ async def write(volume: Volume, request: Request) -> bytes:
     append = bool(flags & os.O_APPEND) and not write_flags & bodies.WRITE_CACHE
     kill = bool(write_flags & bodies.WRITE_KILL_SUIDGID)
     unique = request.unique ^ volume.salt
+    volume.written.begin(node, -1 if write_flags & bodies.WRITE_CACHE else offset)
     try:
         written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
+    except BaseException:
+        volume.written.end(node)
+        raise
+    else:
+        volume.has_written(node, data if isinstance(data, bytes) else data.content, offset, written)
     finally:
         if request.run is not None:
             request.run.give_back()
-    volume.data_changed(node)
     if written.offset != offset:
         await volume.drop_for_append(node)
     elif append:

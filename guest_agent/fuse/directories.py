@@ -69,7 +69,7 @@ class NameChange(Enum):
     MADE = 0
     """No file that was there before has other attributes for it, but the one that was linked."""
     UNLINKED = 1
-    """Removed, or renamed: no directory's."""
+    """Removed, or renamed: no directory's. Of which file is not known, unless the host says so."""
     MOVED = 2
     """The same of what is a directory, or may be one."""
 
@@ -111,14 +111,15 @@ def _lowest(piece: Piece) -> int:
 
 class Directories:
     """Of one mount. ``give_back`` takes the nodes of which one lookup each is not used. ``doubtful`` says of which
-    nodes nothing may be promised just now."""
+    nodes nothing may be promised just now. ``lost`` is told of which nodes no lookup may be left, and no promise."""
 
     def __init__(
         self,
         give_back: Callable[[Sequence[int]], None],
         doubtful: Callable[[Sequence[int]], Collection[int]],
+        lost: Callable[[Collection[int]], None] = lambda nodes: None,
     ) -> None:
-        self._give_back = give_back
+        self._give_back, self._lost = give_back, lost
         self._doubtful = doubtful
         self._directories: dict[int, _Directory] = {}
         self._recent: OrderedDict[Piece, _Directory] = OrderedDict()
@@ -172,8 +173,9 @@ class Directories:
             self.disbelieve(piece)
         found = self.find(node, piece.after)
         is_news = found is None or (found[0].bare and not piece.bare)
+        held = frozenset(piece.nodes) if piece.promised else frozenset()
         if not piece.after:
-            self.drop(node)
+            self._drop((node,), held)
         if (directory := self._directories.get(node)) is None:
             directory = self._directories[node] = _Directory(node, piece.asked)
         elif piece.asked < directory.asked and not piece.promised:
@@ -185,7 +187,7 @@ class Directories:
         insort(self._by_lowest, piece, key=_lowest)
         self._held += piece.weight
         if before is not None and before.after == piece.after:
-            self.drop(*self._remove(before, directory))
+            self._drop(self._remove(before, directory, held))
         while self._held > MAX_HELD and len(self._recent) > 1:
             oldest, owner = next(iter(self._recent.items()))
             self.drop(*self._remove(oldest, owner))
@@ -389,12 +391,15 @@ class Directories:
             self._gone.pop(node, None)
             self.drop(node)
 
-    def name_changed(self, node: int, name: bytes, change: NameChange) -> None:
-        """The guest itself has made or removed ``name`` of a directory."""
+    def name_changed(self, node: int, name: bytes, change: NameChange, whose: int = 0) -> None:
+        """The guest itself has made or removed ``name`` of a directory. ``whose``: of which file that was one, if it is
+        known and no directory."""
         self.touch(node)
         if (gone := self._gone.get(node)) is not None:
             gone.discard(name)
-        if change is not NameChange.MADE:
+        if whose and change is NameChange.UNLINKED:
+            self.touch(whose)
+        elif change is not NameChange.MADE:
             if change is NameChange.UNLINKED:
                 self._relinked = self._now
             else:
@@ -442,11 +447,15 @@ class Directories:
 
     def drop(self, *nodes: int) -> None:
         """Keep nothing of these directories, nor of those below whose last lookup goes with them."""
+        self._drop(nodes)
+
+    def _drop(self, nodes: Iterable[int], held: Collection[int] = ()) -> None:
+        """``held``: nodes of which another lookup each has come, with a promise, before any is given back."""
         left = list(nodes)
         while left:
             if (directory := self._directories.get(left.pop())) is not None:
                 for piece in list(directory.pieces):
-                    left += self._remove(piece, directory)
+                    left += self._remove(piece, directory, held)
 
     def drop_all(self) -> None:
         """Nothing is promised any more, nor by what is still to come."""
@@ -456,7 +465,7 @@ class Directories:
         self._known.clear()
         self._gone.clear()
 
-    def _remove(self, piece: Piece, directory: _Directory) -> Iterable[int]:
+    def _remove(self, piece: Piece, directory: _Directory, held: Collection[int] = ()) -> Iterable[int]:
         """Returns which directories have to go with it."""
         del self._recent[piece]
         del self._by_lowest[
@@ -467,13 +476,16 @@ class Directories:
         if not directory.pieces:
             del self._directories[directory.node]
             self._clear_touched()
-        return self._let_go(piece)
+        return self._let_go(piece, held)
 
-    def _let_go(self, piece: Piece) -> Iterable[int]:
+    def _let_go(self, piece: Piece, held: Collection[int] = ()) -> Iterable[int]:
         nodes = piece.left()
-        if nodes:
-            self._give_back(nodes)
-        return self._directories.keys() & nodes
+        if not nodes:
+            return ()
+        self._give_back(nodes)
+        lost = set(nodes).difference(held) if held else set(nodes)
+        self._lost(lost)
+        return self._directories.keys() & lost
 
     def _clear_touched(self) -> None:
         if not self._directories and not self._pending:

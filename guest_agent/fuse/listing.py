@@ -21,7 +21,8 @@ more, and from then on all of them whole, until nobody has read one for ``WHOLE`
 
 Of a host that is far away (``distance``) more is listed ahead, and sooner: what is below a directory that is read, with
 its answer; what is at the root, with the session (``look_around``); and with the first name that is looked up come the
-directories after this one whole, too, of which only names are here.
+directories after this one whole, too, of which only names are here. What is looked into for the first time is listed
+beside that lookup: a second one costs more than the listing.
 
 Who needs what is asked for already waits for that (``_Coming``), unless it gets a signal: then it asks for itself, so
 that it can be let go like any other (``host``).
@@ -32,7 +33,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 from guest_agent.fuse.ahead import Ahead, Interest
@@ -151,7 +152,7 @@ class Listings:
         self._mount = mount
         self._host = host
         self._inherited = inherited
-        self.directories = Directories(self._give_back, mount.doubtful)
+        self.directories = Directories(mount.give_back, mount.doubtful, self._spoil)
         self._coming: dict[int, _Coming] = {}
         """By directory; of one that was asked for twice at a time, the first."""
         self._ahead = Ahead(self.directories.sorted_by_name, host.scaled)
@@ -203,12 +204,15 @@ class Listings:
             self.directories.is_bare(node, name)
             or (node not in self.directories and self._ahead.is_walking(node))
         )
-        if (is_wanted or is_next) and node not in self._coming and self._mount.is_alone:
+        if node in self._coming or not self._mount.is_alone:
+            return False
+        if is_wanted or is_next:
             self._whole_until = self._clock() + WHOLE
             self._list_ahead(node, self.directories.gap(node, name))
             self._go_on_with_the_others(node)
-            return is_next
-        return False
+        elif self._host.is_far and self._interest.is_first(node) and node not in self.directories:
+            self._list_ahead(node, 0)
+        return is_next
 
     def interrupt(self, unique: int) -> None:
         """The caller of request ``unique`` has had a signal."""
@@ -269,11 +273,7 @@ class Listings:
         for coming in list(self._coming.values()):
             coming.end()
 
-    def _give_back(self, nodes: Sequence[int]) -> None:
-        self._mount.give_back(nodes)
-        self._spoil(nodes)
-
-    def _spoil(self, nodes: Sequence[int]) -> None:
+    def _spoil(self, nodes: Collection[int]) -> None:
         if self._coming:
             for node in self._coming.keys() & nodes:
                 self._coming[node].spoiled = True

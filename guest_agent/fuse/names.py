@@ -54,6 +54,7 @@ def _forgotten(volume: Volume, nodes: Sequence[int]) -> None:
     """Nothing that is kept for the kernel's sake is of use any more."""
     volume.listings.forgotten(nodes)
     volume.xattrs.drop(*nodes)
+    volume.written.drop(*nodes)
     volume.adrift.difference_update(nodes)
     volume.unlearned.difference_update(nodes)
 

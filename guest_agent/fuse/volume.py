@@ -42,9 +42,22 @@ from guest_agent.fuse.operation import Pause, Resume, Timers, Wait
 from guest_agent.fuse.promises import Promises
 from guest_agent.fuse.readahead import Readahead
 from guest_agent.fuse.renewals import Known, Renewals
+from guest_agent.fuse.room import Room
+from guest_agent.fuse.written import Ends
 from guest_agent.fuse.xattrs import Xattrs
 from protocol.errors import RemoteProtocolError
-from protocol.files import ATTRIBUTES, EMPTY, NAME, Changed, Entry, FileCall, Removed, Renamed, Renewed
+from protocol.files import (
+    ATTRIBUTES,
+    EMPTY,
+    NAME,
+    Changed,
+    Entry,
+    FileCall,
+    Removed,
+    Renamed,
+    Renewed,
+    Written,
+)
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +137,12 @@ class Volume:
         self.xattrs = Xattrs(host, share, self.listings.directories.neighbours)
         self.contents = Contents(host, share, self.listings.directories, timers, self.uniques)
         self.looked = Looked()
+        self.written = Ends()
+        self.room = Room()
         self.readahead = Readahead(host, share, self.listings.directories, timers, self.uniques)
         self._caches: tuple[Cache, ...] = (
-            self.listings, self.renewals, self.xattrs, self.contents, self.looked, self.readahead,
+            self.listings, self.renewals, self.xattrs, self.contents, self.looked, self.readahead, self.written,
+            self.room,
         )  # fmt: skip
         self.asking: dict[int, int] = {}
         """By node, how many GETATTR are unanswered."""
@@ -210,11 +226,18 @@ class Volume:
         return entry
 
     async def entry_out(self, call: FileCall[Entry], thread: int) -> bytes:
-        """The answer to ``thread`` that names a node; empty if the host has promised that there is none."""
-        changes = self.looked.changes
-        entry = await (ask := self.host.ask(call))
-        if entry.stale or entry.node in self._dropping:
-            await self.drop(entry.node)
+        """The answer to ``thread`` that names a node; empty if the host has promised that there is none. Its attributes
+        are kept, for once it is read the kernel asks for them again (``attributes.getattr_``)."""
+        changes, known = self.looked.changes, self.listings.directories
+        asked = known.begin()
+        try:
+            entry = await (ask := self.host.ask(call))
+            if entry.stale or entry.node in self._dropping:
+                await self.drop(entry.node)
+            if entry.promise & ATTRIBUTES and self.is_alone and not ask.unheard:
+                known.learn(entry.node, entry.attr, asked)
+        finally:
+            known.end()
         if not entry.node:
             return b""
         if ask.unheard:
@@ -338,13 +361,16 @@ class Volume:
 
     # --- what changes ----------------------------------------------------------------------------------
 
-    def name_changed(self, directory: int, name: bytes, above: bytes, change: NameChange) -> None:
+    def name_changed(
+        self, directory: int, name: bytes, above: bytes, change: NameChange, whose: int = 0
+    ) -> None:
         """The guest itself has made or removed ``name``; to be said before it is answered. ``above``: attributes of the
-        directory that are promised now, for which the kernel will ask."""
+        directory that are promised now, for which the kernel will ask. ``whose`` as in ``Directories.name_changed``."""
         self.looked.void()
+        self.room.void()
         self.promises.name_changed(directory, name)
         self.renewals.void()  # another name of what was told may be gone, and how many it has with it
-        self.listings.directories.name_changed(directory, name, change)
+        self.listings.directories.name_changed(directory, name, change, whose)
         if above and self.is_alone:
             self.listings.directories.know(directory, above)
         if not self.is_alone:
@@ -353,22 +379,36 @@ class Volume:
     def name_removed(self, directory: int, name: bytes, removed: Removed, change: NameChange) -> None:
         """The same with the host's answer: the next who looks for that name (a lock file is made again and again)
         need not ask for it."""
-        self.name_changed(directory, name, removed.above, change)
+        self.name_changed(directory, name, removed.above, change, removed.node)
         if removed.promise & NAME and self.is_alone:
             self.listings.directories.gone(directory, name)
 
     def renamed(self, old: tuple[int, bytes], new: tuple[int, bytes], outcome: Renamed) -> None:
         """The same of a rename: directories and names."""
         self.looked.void()
+        self.room.void()
         self.promises.renamed(old, new, outcome.node, expire=not outcome.promise & NAME)
         change = NameChange.UNLINKED if outcome.files else NameChange.MOVED
-        self.listings.directories.name_changed(*old, change)
-        self.listings.directories.name_changed(*new, change)
-        self.listings.directories.touch(outcome.node)
+        directories = self.listings.directories
+        directories.name_changed(*old, change, outcome.node)
+        directories.name_changed(*new, change, outcome.replaced)
+        directories.touch(outcome.node)
         self.renewals.void()
+        if self.is_alone:
+            self._know_renamed(old, outcome)
         if not self.is_alone:
             parents, names = [old[0], new[0]], [old[1], new[1]]
             self._tell_others(Changed(self.share, parents, names, directories=parents, above=[0, 0]))
+
+    def _know_renamed(self, old: tuple[int, bytes], outcome: Renamed) -> None:
+        """For what the kernel, and who writes a file beside the one that it is to replace, ask for next."""
+        directories = self.listings.directories
+        if outcome.promise & NAME and outcome.gone:
+            directories.gone(*old)
+            if outcome.above:
+                directories.know(old[0], outcome.above)
+        if outcome.promise & ATTRIBUTES and outcome.attr:
+            directories.know(outcome.node, outcome.attr)
 
     def data_changed(self, node: int) -> None:
         """The guest itself has changed the data or the attributes of ``node``."""
@@ -376,6 +416,20 @@ class Volume:
             cache.drop(node)
         if not self.is_alone:
             self._tell_others(Changed(self.share, nodes=[node], through=[0]))
+
+    def has_written(self, node: int, data: bytes | memoryview, offset: int, answer: Written) -> None:
+        """The same by a write of ``data`` at ``offset``, with the host's answer."""
+        is_there = self.is_alone and (answer.offset, answer.size) == (offset, len(data))
+        end = self.written.end(node, data if is_there else b"", answer.attr)
+        self.data_changed(node)
+        if end is not None:
+            self.written.keep(node, end)
+
+    def read_written(self, node: int, offset: int, size: int) -> bytes | None:
+        """What a READ is to be answered with, of what the guest has written itself."""
+        if node in self._dropping:
+            return None
+        return self.written.read(node, offset, size, self.listings.directories.attributes(node))
 
     def _tell_others(self, changed: Changed) -> None:
         for volume in self._volumes:
@@ -398,6 +452,7 @@ class Volume:
 
     def _drop_here(self, node: int, then: Callable[[], None]) -> None:
         self.readahead.drop(node)
+        self.written.drop(node)
         self._dropping[node] = self._dropping.get(node, 0) + 1
 
         def done() -> None:

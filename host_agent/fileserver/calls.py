@@ -69,14 +69,16 @@ _PROMISED: Final = {
     for kind, bits in (
         (Entry, NAME | ATTRIBUTES | EMPTY),
         (Attributes, ATTRIBUTES),
-        (Renamed, NAME),
+        (Renamed, NAME | ATTRIBUTES),
         (Removed, NAME),
         (Listing, NAME),
     )
 }
 """Where a result says what it promises, and what that can be."""
 
-_ABOVE: Final = {kind: [field.name for field in fields(kind)].index("above") for kind in (Entry, Removed)}
+_ABOVE: Final = {
+    kind: [field.name for field in fields(kind)].index("above") for kind in (Entry, Removed, Renamed)
+}
 """Where a result says what the directory is like."""
 
 _LOOKUPS: Final = (Lookup, ListEntries)

@@ -11,13 +11,15 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 from host_agent.fileserver import linux, snapshots
 from host_agent.fileserver.core import Core, Outcome, check_name
 from host_agent.fileserver.linux import Status, failure
 from host_agent.fileserver.nodes import Node
-from host_agent.fileserver.promises import Promise
+from host_agent.fileserver.promises import Promise, remembered
+from host_agent.fileserver.signatures import is_given
 from host_agent.fileserver.workers import WouldWait
 from protocol.files import (
     ATTR,
@@ -291,7 +293,8 @@ class NameOperations:
                 self._reach.removed(directory, call.name)
                 self._has_other_names(node)
                 gone = promise is not None and self._is_absent(directory, call.name)
-        return Outcome(Removed(), promise=promise if gone else None)
+                number = 0 if node is None else node.number
+        return Outcome(Removed(node=number), promise=promise if gone else None)
 
     def _is_absent(self, directory: Node, name: bytes) -> bool:
         """Whether what the guest has just removed still is: a program of the host may have made another meanwhile."""
@@ -333,6 +336,9 @@ class NameOperations:
                 self._holding(old, call.name) as node,
                 self._holding(new, call.new_name, loses=not call.flags) as replaced,
             ):
+                if node is not None:
+                    self._core.see_writers(node)  # which may have to wait, and then nothing has been done yet
+                nothing = replaced is None and self._is_absent(new, call.new_name)
                 linux.renameat2(old.descriptor, call.name, new.descriptor, call.new_name, call.flags)
                 self._promises.changed(promise, node, replaced)
                 if old is not new:
@@ -343,11 +349,41 @@ class NameOperations:
                 stands = promise is not None and self._stands_for(new, call.new_name, node)
                 if exchange:
                     stands = stands and other is not None and self._stands_for(old, call.name, replaced)
+                outcome = self._renamed(call, node, node if nothing else replaced)
+                if stands and outcome.files:
+                    outcome = self._look_at_renamed(call, old, node, promise, outcome)
         if exchange and promise is not None and other is not None and other is not promise:
             promise.other, promise.other_names = other.directory, other.names
-        number = 0 if node is None else node.number
-        files = node is not None and node.kind != stat.S_IFDIR and not exchange
-        return Outcome(Renamed(number, files=files), promise=promise if stands else None)
+        return Outcome(outcome, promise=promise if stands else None)
+
+    @staticmethod
+    def _renamed(call: Rename, node: Node | None, replaced: Node | None) -> Renamed:
+        files = node is not None and node.kind != stat.S_IFDIR and call.flags != linux.RENAME_EXCHANGE
+        return Renamed(
+            0 if node is None else node.number,
+            files=files,
+            replaced=0 if replaced is None else replaced.number,
+        )
+
+    def _look_at_renamed(
+        self, call: Rename, old: Node, node: Node | None, promise: Promise | None, outcome: Renamed
+    ) -> Renamed:
+        """What is asked for next: the attributes of the file, which has another ctime, and, by who makes a lock file
+        again, the old name. That one is vouched for by the directory of the new one, so only if it is the same."""
+        if node is None or promise is None:
+            return outcome
+        gone, attr = call.node == call.parent and self._is_absent(old, call.name), b""
+        if gone:
+            with contextlib.suppress(OSError):  # what was done is done
+                promise.above = self._core.attr(linux.fstatx(old.descriptor))
+        if self._promises.found(promise, node):
+            status = linux.fstatx(node.descriptor)
+            if is_given(node, status, self._promises.heard(node)):
+                attr = self._core.attr(status)
+                promise.given = remembered(attr)
+            else:
+                promise.attributes = None
+        return replace(outcome, attr=attr, gone=gone)
 
     def _stands_for(self, directory: Node, name: bytes, node: Node | None) -> bool:
         """Whether what the guest has just given ``name`` still has it: a program of the host may have been faster."""

@@ -111,6 +111,12 @@ def is_stale(node: Node, status: Status, heard: int | None = None) -> bool:
     return True
 
 
+def is_given(node: Node, status: Status, heard: int | None = None) -> bool:
+    """Whether ``status`` may be told beside an answer: it is of the data and the size that the guest has, and nothing
+    would have to be said of an alarm, which only who asks about the file is told."""
+    return node.told == status.size and (node.base is None or _is_same(node, status, heard))
+
+
 def acknowledged(node: Node) -> None:
     """The answer that told of the alarm is on its way, before all others: the guest has nothing of the file now."""
     node.base = None

@@ -710,3 +710,35 @@ class Counting(RuleBasedStateMachine):
 
 TestCounting = Counting.TestCase
 TestCounting.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+
+
+def test_of_what_has_come_again_nothing_below_is_dropped() -> None:
+    """Before a lookup is given back another has come: the host had one of it all the time."""
+    memory, lost = Memory(), set[int]()
+    memory.directories._lost = lost.update
+    above = [Name(b"kept", 50, DIRECTORY), Name(b"gone", 51, DIRECTORY)]
+    memory.learn(above)
+    for node in (50, 51):
+        memory.learn(numbered(3), node)
+    memory.learn(above[:1])
+    assert sorted(memory.returned) == [50, 51, *sorted(name.node for name in numbered(3))]
+    assert (50 in memory.directories, 51 in memory.directories) == (True, False)
+    assert 50 not in lost
+    assert 51 in lost
+    memory.learn(above[:1], promise=0)
+    assert 50 not in memory.directories
+    assert 50 in lost
+
+
+def test_who_has_lost_a_name_may_be_known() -> None:
+    memory = Memory()
+    for change, whose, left in (
+        (NameChange.UNLINKED, 9, {10}),
+        (NameChange.UNLINKED, 0, set()),
+        (NameChange.MOVED, 9, set()),
+    ):
+        for node in (9, 10):
+            memory.directories.learn(node, FILE, memory.directories.begin())
+            memory.directories.end()
+        memory.directories.name_changed(D, b"name", change, whose)
+        assert {node for node in (9, 10) if memory.directories.attributes(node)} == left

@@ -846,6 +846,45 @@ def test_the_first_name_that_is_looked_up_brings_the_directories_that_follow_who
     assert not script.link.asked
 
 
+def test_of_a_far_host_a_directory_is_listed_beside_the_first_lookup_in_it() -> None:
+    """Once: if that does not help, it is as with any other."""
+    near, far = Script(round_trip=0.001), Script(round_trip=0.1)
+    for script, listings in ((near, 0), (far, 1)):
+        look_up(script, b"HEAD")
+        assert len(calls(script, Lookup)) == 1
+        assert [asked.call.bare for asked in calls(script, ListEntries)] == [False] * listings
+    Directory(NAMES, 1000).answer(calls(far, ListEntries)[0])
+    far.link.asked.clear()
+    unique = look_up(far, b"not there")
+    assert far.answers == replied(unique, bodies.ABSENT)
+    hopeless = Script(round_trip=0.1)
+    look_up(hopeless, b"HEAD")
+    unpromised(NAMES).answer(calls(hopeless, ListEntries)[0])
+    hopeless.link.asked.clear()
+    look_up(hopeless, b"HEAD")
+    assert not calls(hopeless, ListEntries)
+
+
+def test_what_is_below_stays_when_a_directory_is_listed_once_more() -> None:
+    """Names first, and then all of it: the directories in it have come twice before one lookup is given back."""
+    script = Script(round_trip=0.1)
+    names = [Name(b"below", 50, DIRECTORY), Name(b"file")]
+    below, file = Directory(numbered(3)), names[1].name
+    ask(script, 0)
+    Directory(names).answer(calls(script, ListEntries)[0])
+    script.link.asked.clear()
+    script.volume.listings._list_ahead(50, 0)
+    coming = calls(script, ListEntries)[-1]
+    look_up(script, file)
+    whole = [asked for asked in calls(script, ListEntries) if asked.call.node == D]
+    Directory([names[0], Name(file, 51)]).answer(whole[-1])
+    below.answer(coming)
+    script.link.asked.clear()
+    look_up(script, b"below")
+    look_up(script, numbered(3)[0].name, 50)
+    assert not script.link.asked
+
+
 # --- names that the guest has removed ----------------------------------------------------------------
 
 
@@ -862,6 +901,14 @@ def test_that_it_is_gone_the_host_need_not_be_asked() -> None:
     assert script.answers == replied(unique, bodies.ABSENT)
     look_up(script, b"other")
     assert len(calls(script, Lookup)) == 1
+
+
+@pytest.mark.parametrize(("gone", "promise", "asked"), [(True, NAME, 0), (True, 0, 1), (False, NAME, 1)])
+def test_nor_for_the_old_name_of_a_file(gone: bool, promise: int, asked: int) -> None:
+    script = Script()
+    script.volume.renamed((D, b"lock"), (D, b"f"), Renamed(9, promise, True, gone=gone))
+    look_up(script, b"lock")
+    assert len(calls(script, Lookup)) == asked
 
 
 REMADE: dict[str, Callable[[Script], object]] = {

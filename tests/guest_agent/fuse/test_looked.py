@@ -81,6 +81,11 @@ def test_after_a_tick_it_is_another_call(it: Script, clock: list[float]) -> None
 
 def test_what_is_promised_or_stale_is_not_remembered(it: Script) -> None:
     look_up(it, promise=ATTRIBUTES)
+    assert it.volume.looked.take(THREAD, NODE) is None
+    it.request(Opcode.GETATTR, GETATTR, node=NODE)
+    assert not it.link.asked, "it is promised"
+    it.answers  # noqa: B018  (what was said so far)
+    it.volume.take_back(Changed(7, nodes=[NODE], through=[5]))
     assert is_asked(it)
     it.request(Opcode.LOOKUP, b"name\0")
     it.take().answer(Entry(NODE, OLD, stale=True))

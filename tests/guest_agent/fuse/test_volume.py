@@ -65,7 +65,7 @@ def test_what_is_promised_is_passed_on(attr: bytes, promise: int, valid: int) ->
     it = Script()
     looked = it.request(Opcode.LOOKUP, b"name\0")
     it.take().answer(Entry(9, attr, promise=promise))
-    asked = it.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=9, pid=43)
+    asked = it.request(Opcode.GETATTR, pack("IIQ", 0, 0, 0), node=8, pid=43)
     it.take().answer(Attributes(attr, promise=promise))
     assert it.answers == replied(looked, bodies.entry_out(9, attr, valid)) + replied(
         asked, bodies.attr_out(attr, valid & ~NAME)

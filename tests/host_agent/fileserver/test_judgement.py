@@ -102,8 +102,10 @@ def test_something_else_that_came_meanwhile_is_in_the_way(share: Served, index: 
 
 @pytest.mark.parametrize("done", [False, True])
 def test_removing(share: Served, done: bool) -> None:
-    assert again(share, share.call(Unlink, ROOT, b"f"), done=done) == Removed()
-    assert again(share, share.call(RemoveDirectory, ROOT, b"empty"), done=done) == Removed()
+    f, empty = share.node("f"), share.node("empty")
+    assert again(share, share.call(Unlink, ROOT, b"f"), done=done) == Removed(node=0 if done else f)
+    call = share.call(RemoveDirectory, ROOT, b"empty")
+    assert again(share, call, done=done) == Removed(node=0 if done else empty)
     assert sorted(os.listdir(share.path)) == ["d", "g"]
 
 
@@ -127,7 +129,7 @@ def test_a_removal_does_not_hit_what_came_afterwards(share: Served) -> None:
 def test_renaming(share: Served, done: bool) -> None:
     node, directory = share.node("f"), share.node("d")
     assert again(share, share.call(Rename, ROOT, b"f", directory, b"new"), done=done) == Renamed(
-        node, files=not done
+        node, files=not done, replaced=0 if done else node
     )
     assert (share.path / "d" / "new").read_text() == "f"
     assert share.ask(GetAttributes, node)

@@ -223,8 +223,21 @@ def test_whether_a_rename_was_of_files(share: Served) -> None:
     (share.path / "d").mkdir()
     node, directory = share.node("f"), share.node("d")
     assert share.ask(Rename, ROOT, b"f", ROOT, b"g") == Renamed(node, files=True)
-    assert share.ask(Rename, ROOT, b"d", ROOT, b"e") == Renamed(directory)
-    assert share.ask(Rename, ROOT, b"g", ROOT, b"e", EXCHANGE) == Renamed(node)
+    assert share.ask(Rename, ROOT, b"d", ROOT, b"e") == Renamed(directory, replaced=directory)
+    assert share.ask(Rename, ROOT, b"g", ROOT, b"e", EXCHANGE) == Renamed(node, replaced=directory)
+
+
+def test_whose_name_it_was(share: Served) -> None:
+    """Of no other file have attributes changed. Where that is not certain nothing is said."""
+    for name in ("f", "g", "h", "unknown"):
+        (share.path / name).write_text(name)
+    f, g, h = (share.node(name) for name in "fgh")
+    assert share.ask(Rename, ROOT, b"f", ROOT, b"g").replaced == g
+    assert share.ask(Rename, ROOT, b"g", ROOT, b"new").replaced == f, "nothing was there"
+    assert share.ask(Rename, ROOT, b"new", ROOT, b"unknown").replaced == 0
+    assert share.ask(Unlink, ROOT, b"h").node == h
+    (share.path / "later").touch()
+    assert share.ask(Unlink, ROOT, b"later").node == 0
 
 
 def test_rename_errors_are_the_kernel_s(share: Served) -> None:

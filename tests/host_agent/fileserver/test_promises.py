@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from protocol.files import (
     Read,
     RemoveDirectory,
     Rename,
+    Renamed,
     SetAttributes,
     Unlink,
     Write,
@@ -95,6 +97,7 @@ def test_the_directory_in_which_the_guest_has_changed_a_name(share: Served) -> N
         (MakeLink, (file, ROOT, b"hard")),
         (Unlink, (ROOT, b"new")),
         (RemoveDirectory, (ROOT, b"directory")),
+        (Rename, (ROOT, b"f", ROOT, b"g")),
     ]:
         root.given = 0
         outcome = answer(share, kind, *fields)
@@ -104,7 +107,7 @@ def test_the_directory_in_which_the_guest_has_changed_a_name(share: Served) -> N
         assert outcome.value.above == b""  # type: ignore[union-attr]
         assert promised(share, outcome) & NAME, kind
         assert root.given, "what the agent has is looked at again when nothing stands any more"
-    taken = answer(share, Create, ROOT, b"f", 0o644, 0)
+    taken = answer(share, Create, ROOT, b"g", 0o644, 0)
     assert isinstance(taken.promise, Promise)
     assert taken.promise.above == b""
 
@@ -119,10 +122,65 @@ def test_what_the_guest_makes(share: Served) -> None:
     ]:
         assert promised(share, answer(share, kind, *fields)) == BOTH, kind
     moved = answer(share, Rename, ROOT, b"f", share.node("d"), b"g")
-    assert promised(share, moved) == NAME
+    assert promised(share, moved) == BOTH
     assert moved.value.node == file  # type: ignore[union-attr]
+    assert moved.value.attr == share.ask(GetAttributes, file).attr  # type: ignore[union-attr]
+    assert not moved.value.gone, "another directory vouches for that name"  # type: ignore[union-attr]
     swapped = answer(share, Rename, ROOT, b"new", ROOT, b"hard", EXCHANGE)
     assert promised(share, swapped) == NAME
+
+
+def renamed(share: Served, name: bytes, new: bytes) -> Renamed:
+    outcome = answer(share, Rename, ROOT, name, ROOT, new)
+    assert isinstance(outcome.value, Renamed)
+    bits = promised(share, outcome)
+    return replace(
+        outcome.value, promise=bits, above=b"" if outcome.promise is None else outcome.promise.above
+    )
+
+
+def test_what_was_written_and_renamed_is_as_the_guest_has_it(share: Served) -> None:
+    """Who has written a lock file over another reads that, and makes the lock file again."""
+    made = answer(share, Create, ROOT, b"f.lock", 0o644, os.O_EXCL).value.node  # type: ignore[union-attr]
+    share.tree.perform(share.call(Write, made, 0), b"content")
+    moved = renamed(share, b"f.lock", b"f")
+    assert (moved.node, moved.promise, moved.gone) == (made, BOTH, True)
+    assert moved.attr == share.ask(GetAttributes, made).attr
+    assert moved.above == share.ask(GetAttributes, ROOT).attr
+
+
+def test_what_somebody_else_has_made_again_is_not_gone(
+    share: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = linux.renameat2
+
+    def rename_and_more(*arguments: Any) -> None:
+        rename(*arguments)
+        (share.path / "f").touch()
+
+    share.node("f")
+    monkeypatch.setattr(linux, "renameat2", rename_and_more)
+    moved = renamed(share, b"f", b"g")
+    assert not moved.gone
+    assert moved.above == b""
+
+
+def test_of_what_is_open_for_writing_a_rename_promises_no_attributes(share: Served) -> None:
+    file = share.node("f")
+    with (share.path / "f").open("r+b"):
+        share.ask(Read, file, 0, 1)  # it has the file open, says the lease
+        moved = renamed(share, b"f", b"g")
+    assert (moved.promise, moved.gone) == (NAME, True)
+
+
+def test_what_the_guest_has_other_data_of_is_not_promised_by_a_rename(
+    share: Served, watched: Watched
+) -> None:
+    """The next question is to be answered with the alarm."""
+    file = share.node("f")
+    share.ask(Read, file, 0, 1)
+    (share.path / "f").write_text("longer")
+    assert renamed(share, b"f", b"g").promise == NAME
 
 
 def test_a_directory_that_was_just_made_is_empty(share: Served) -> None:
@@ -362,7 +420,7 @@ async def test_what_the_guest_does_is_not_told(place: Path) -> None:
         await kernel.ask(Write(SHARE, kernel.unique(), entry.node, 0), b"content")
         await kernel.ask(SetAttributes(SHARE, kernel.unique(), entry.node, SET_MODE, mode=0o600))
         moved = await kernel.ask(Rename(SHARE, kernel.unique(), ROOT, b"new", ROOT, b"newer"))
-        assert moved.promise == NAME
+        assert moved.promise & NAME
         assert moved.node == entry.node
         await kernel.ask(Unlink(SHARE, kernel.unique(), ROOT, b"newer"))
         elsewhere(guest.root, "touch last")
@@ -410,7 +468,8 @@ async def test_the_directory_s_attributes_are_in_the_answer_if_they_stand(
         heard = Heard(guest)
         await until(lambda: (ROOT, b"new") in heard.names())
         gate.open()
-        assert (await kernel.finish(pending)).value == [b"", 0]
+        above, promise, _ = (await kernel.finish(pending)).value
+        assert (above, promise) == (b"", 0)
 
 
 async def test_that_a_name_is_gone_is_promised(place: Path) -> None:
