@@ -870,9 +870,8 @@ def test_what_is_below_stays_when_a_directory_is_listed_once_more() -> None:
     script = Script(round_trip=0.1)
     names = [Name(b"below", 50, DIRECTORY), Name(b"file")]
     below, file = Directory(numbered(3)), names[1].name
-    ask(script, 0)
-    Directory(names).answer(calls(script, ListEntries)[0])
-    script.link.asked.clear()
+    script.volume.listings._list_ahead(D, 0, bare=True)
+    Directory(names).answer(script.take())
     script.volume.listings._list_ahead(50, 0)
     coming = calls(script, ListEntries)[-1]
     look_up(script, file)
