@@ -10,9 +10,9 @@ The laws:
   the end of the session drops a file, also one that is on its way.
 - Asked for is what comes after a file in the order (``pieces.Order``) in which the guest goes through directories: as
   they are listed, until two files that are read one after the other follow each other in another order. First
-  ``FIRST`` files, more of a host that is far away, and then, whenever half of what came has been read, twice as many as
-  before, those of the directories that come next included. So who reads a single file costs ``FIRST`` others, and who
-  reads here and there no more than that.
+  ``FIRST`` files, and then, whenever half of what came has been read, twice as many as before, those of the directories
+  that come next included. So who reads a single file costs ``FIRST`` others, and who reads here and there no more than
+  that. Of a host that is far away it is more at first, and also what is before that file.
 - ``MAX_HELD`` bytes, ``MAX_CALLS`` messages under way, and nothing is here ``IDLE`` seconds after the last READ.
 """
 
@@ -61,6 +61,9 @@ class Asker(Protocol):
     """The host."""
 
     caller: int
+
+    @property
+    def is_far(self) -> bool: ...
 
     def ask(self, call: ReadMany) -> Ask[Given]: ...
 
@@ -222,6 +225,9 @@ class Contents:
         pace.previous = node
         if pace.is_read:
             run.files = self._siblings.following(node, self._order)
+            if self._host.is_far and not pace.window:
+                # In which order is not known yet, and those before it cost less than to wait for one of them.
+                run.files = chain(run.files, self._siblings.files_of(directory, self._order) or ())
             pace.go_on_from(run)
             self._ask(pace)
 

@@ -54,8 +54,8 @@ File = tuple[int, int]
 ATTR_TYPE: Final = 61
 """Of an ``ATTR``, the byte with the type of the file in its upper half (4: a directory)."""
 
-_NEAR: Final = 16
-"""Pieces whose ranges of nodes may overlap."""
+_NEAR: Final = 128
+"""Pieces whose ranges of nodes may overlap: as many as were asked for at once, with directories numbered before."""
 
 
 def is_directory(attr: bytes) -> bool:

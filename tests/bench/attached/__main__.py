@@ -38,7 +38,7 @@ WORKLOADS = (
 """What reads. What writes takes a round trip a call with both, since it is on the host when the call returns."""
 
 SIZES = dataclasses.replace(
-    trees.EMULATED, source=200, many=500, repository=200, big=64 * trees.MIB, stats=1000
+    trees.EMULATED, source=120, many=500, repository=200, big=64 * trees.MIB, stats=1000
 )
 """A few hundred files: sshfs takes 2 to 4 round trips for each."""
 
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", default="", help=f"separated by commas, of {','.join(peers.PEERS)}")
     parser.add_argument("--minutes", type=float, default=20.0, help="begin nothing on a line after this")
     parser.add_argument(
-        "--patience", type=float, default=40.0, help="seconds for a workload on a peer, in all rounds"
+        "--patience", type=float, default=100.0, help="seconds for a workload on a peer, in all rounds"
     )
     parser.add_argument("--json", type=Path, help="where to write every sample (default: in --work)")
     parser.add_argument("--work", type=Path, help="directory to work in (default ~/.cache/agentctl-bench)")

@@ -207,6 +207,12 @@ def test_of_a_host_that_is_far_away_more_is_asked_for_at_first(round_trip: float
     it = Reader(round_trip=round_trip)
     it.read(100)
     assert it.asked() == [list(range(101, 101 + files))]
+    first = next(iter(it.sizes))
+    it = Reader(round_trip=round_trip)
+    last = list(it.sizes)[-1]
+    it.read(last)
+    is_far = round_trip > 0.005
+    assert it.asked() == ([list(range(first, first + files))] if is_far else []), "from the beginning"
     it = Reader(size=MOST_FIRST_BYTES // 5, round_trip=0.5)
     it.read(100)
     assert it.asked() == [[101, 102, 103, 104, 105]], "but not of large ones"
