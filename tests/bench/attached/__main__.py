@@ -1,7 +1,7 @@
 """Compares agentctl's mount with sshfs where the machine is far away: through a line that holds each byte, and one sshd.
 
     python3 -m tests.bench.attached [--round-trips MS,MS...] [--rounds N] [--only WORKLOAD] [--peers NAMES] [--edits N]
-                                    [--json FILE] [--work DIRECTORY]
+                                    [--json FILE] [--work DIRECTORY] [--table FILE]
 
 The mount is here as well, in a mount namespace of its own; what is measured is how much of a program's time is spent on
 waiting for the other side. Needs root, git, sshfs, openssh-client, openssh-server and openssh-sftp-server.
@@ -23,7 +23,7 @@ from pathlib import Path
 from tests.bench import instance as instances
 from tests.bench import program
 from tests.bench.attached import peers
-from tests.bench.attached.report import Attached, Line, dump, tables
+from tests.bench.attached.report import Attached, Line, dump, load, markdown, tables
 from tests.bench.files import __main__ as files
 from tests.bench.files import local, report, runner, trees
 from tests.bench.files.report import Report
@@ -66,6 +66,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20.0, help="begin nothing on a line after this")
     parser.add_argument(
         "--patience", type=float, default=100.0, help="seconds for a workload on a peer, in all rounds"
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: print what --json wrote, for docs/benchmarks.md",
     )
     parser.add_argument("--json", type=Path, help="where to write every sample (default: in --work)")
     parser.add_argument("--work", type=Path, help="directory to work in (default ~/.cache/agentctl-bench)")
@@ -137,6 +143,9 @@ def measure_all(chosen: argparse.Namespace, work: Path) -> Attached:
 
 def main() -> int:
     chosen = parse()
+    if chosen.table is not None:
+        print(markdown(load(chosen.table.read_text())), end="")
+        return 0
     local.enter_namespace("tests.bench.attached")
     program.end_on_signals()
     started = time.strftime("%Y%m%d-%H%M%S")

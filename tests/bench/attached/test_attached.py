@@ -57,3 +57,9 @@ def test_a_report_is_what_was_written() -> None:
     assert report.load(report.dump(found)) == found
     assert "20 ms" in report.tables(found.lines)
     assert "0.250x" in report.tables(found.lines)
+    assert report.markdown(found).splitlines() == [
+        "| seconds | agentctl, 20 ms | sshfs, 20 ms | / sshfs |",
+        "|---|---|---|---|",
+        "| grep cold | 1.00 | 4.00 | 0.250x |",
+        "",
+    ]
