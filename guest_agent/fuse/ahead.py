@@ -161,11 +161,11 @@ class Ahead:
         self._focus, self._only_below = node, True
 
     def following(self, node: int) -> list[int]:
-        """Those after this one, beside it, as many as may be listed ahead; whether they were or not."""
+        """Those beside this one, from it on round to it, as many as may be listed ahead; whether they were or not."""
         if (place := self._places.get(node)) is None:
             return []
-        after = place[1] + 1
-        return self._families[place[0]].children[after : after + self._scaled(self._room, MOST)]
+        children, index = self._families[place[0]].children, place[1]
+        return [*children[index + 1 :], *children[:index]][: self._scaled(self._room, MOST)]
 
     def _follows_another(self, children: list[int], index: int) -> bool:
         """Whether the guest has been to one of those right before this one."""
