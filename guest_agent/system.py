@@ -19,7 +19,16 @@ import trio
 
 from guest_agent.accounts import check, ensure_user, write_atomically
 from guest_agent.clock import TOLERANCE_NS
-from protocol.api import Configure, Configured, Done, GetGuestInfo, GuestInfo, Shutdown
+from protocol.api import (
+    Configure,
+    Configured,
+    Done,
+    GetGuestInfo,
+    GetHostKeys,
+    GuestInfo,
+    HostKeys,
+    Shutdown,
+)
 from protocol.errors import ErrorCode, RpcError
 from protocol.link import Service
 
@@ -52,6 +61,9 @@ HERE = DataPlace("", own=False)
 AUTHORIZED_KEYS = "etc/agentctl/authorized_keys"
 """Not in a home: homes are durable and the user's own, the keys are this session's."""
 
+HOST_KEYS = f"{DATA}/ssh"
+"""Where a VM's sshd has them (sshd_config.d/agentctl.conf): on the data disk."""
+
 ANSWER_FIRST = 0.2
 """Seconds between answering a shutdown and beginning it."""
 
@@ -73,7 +85,7 @@ class Kernel:
 
 
 class System:
-    """Answers ``Configure``, ``GetGuestInfo`` and ``Shutdown``."""
+    """Answers ``Configure``, ``GetHostKeys``, ``GetGuestInfo`` and ``Shutdown``."""
 
     def __init__(
         self,
@@ -97,6 +109,7 @@ class System:
     def register(self, service: Service) -> None:
         """What changes the machine; ``guest_info`` is offered of any."""
         service.on_request(Configure, self.configure)
+        service.on_request(GetHostKeys, self.host_keys)
         service.on_request(Shutdown, self.shutdown)
 
     async def configure(self, request: Configure) -> Configured:
@@ -140,6 +153,11 @@ class System:
         kept = [line for line in before if line.split()[:1] != ["127.0.1.1"]]
         # 127.0.1.1: Debian's address for a host's own name (Debian reference, 5.1.1).
         write_atomically(hosts, "\n".join([*kept, f"127.0.1.1 {name}"]) + "\n")
+
+    async def host_keys(self, request: GetHostKeys) -> HostKeys:
+        """Those of its sshd; none before the data disk is mounted, and its key there."""
+        folder = self._root / HOST_KEYS
+        return HostKeys([path.read_text().strip() for path in sorted(folder.glob("ssh_host_*_key.pub"))])
 
     async def guest_info(self, request: GetGuestInfo) -> GuestInfo:
         """Figures from /proc and the data disk, read when asked."""

@@ -40,6 +40,7 @@ from host_agent.disk_upkeep import DiskUpkeep
 from host_agent.docker_context import Activation
 from host_agent.docker_socket import docker_forwarder
 from host_agent.errors import ExitCode, UserError
+from host_agent.fallback import Fallback
 from host_agent.guest_clock import ClockKeeper
 from host_agent.guest_setup import GuestSetup
 from host_agent.host_network import HostNetwork
@@ -86,6 +87,7 @@ class HostAgent(InstanceAgent):
         self._vm_watch = VmWatch(
             paths.data_disk, lambda: self._config.disk, self._events.say, resumed=self._clock.look
         )
+        self._fallback = Fallback(paths, self._guest, lambda: self._vm, self._events.say)
         self._disk = DiskUpkeep(
             paths,
             lambda: self._guest.current,
@@ -108,6 +110,7 @@ class HostAgent(InstanceAgent):
         nursery.start_soon(self._clock.run)
         nursery.start_soon(clock_jumps.watch, self._clock.look)
         nursery.start_soon(self._disk.run)
+        nursery.start_soon(self._fallback.run)
 
     async def _work_until_it_ends(self) -> None:
         self._vm = await VirtualMachine.adopt(vm_files(self._paths))
@@ -140,6 +143,7 @@ class HostAgent(InstanceAgent):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve_docker)
             nursery.start_soon(self._vm_watch.run, vm)
+            nursery.start_soon(self._fallback.attend, vm)
             for log in (self._paths.console_log, self._paths.qemu_log):
                 nursery.start_soon(agentlog.keep_bounded, log)
             ending = await vm.wait()
@@ -171,6 +175,7 @@ class HostAgent(InstanceAgent):
                 boot_restarts=restarts_before + booter.policy.restarts,
                 bulk_memory=booter.bulk_memory,
                 bulk_reason=booter.bulk_reason,
+                host_keys="",
             )
 
         return await booter.boot(self._connected, started)
@@ -318,7 +323,7 @@ class HostAgent(InstanceAgent):
         """How long the guest may take now, seconds; 0 if there is no way to ask it."""
         try:
             # After a restart of this agent the session may not be there yet.
-            link = await self._guest.wait(GUEST_RETURN_TIME)
+            link = await self._guest.wait(0 if self._fallback.hopeless else GUEST_RETURN_TIME)
             await link.request(Shutdown(), timeout=SHUTDOWN_REPLY_TIME)
             return SHUTDOWN_TIME
         except AgentctlProtocolError as error:
@@ -365,6 +370,7 @@ class HostAgent(InstanceAgent):
             warnings=[*self._setup.problems, *self._provision_problems],
             runtime=self._config.runtime,
             containerd_socket=str(self._paths.containerd_socket) if self._containerd else "",
+            control=self._fallback.control if self._vm and self._vm.alive() else None,
         )
 
     async def _remove_mounts(self, guest_paths: Sequence[str]) -> Mounts:

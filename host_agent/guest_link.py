@@ -1,4 +1,5 @@
-"""The host's end of a link to the guest: one session after another over QEMU's socket, for ever.
+"""The host's end of a link to the guest: one session after another over QEMU's socket, for ever; or over what else
+leads to the same agent (``carry``), one at a time.
 
 The law: the link is allowed to go away at any time (the guest agent was killed, the guest reboots) and
 whoever needs it waits a stated time for its return instead of failing at once. What a session knew is
@@ -11,11 +12,12 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from host_agent.groups import collapsed
-from protocol.api import Target
+from protocol.api import Target, Transport
 from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, LinkError
 from protocol.frames import MAX_PAYLOAD
@@ -25,6 +27,7 @@ from protocol.messages import Hello
 from protocol.muxstream import Traffic
 from protocol.serial import SocketPort
 from protocol.session import MAX_BACKLOG, Role
+from protocol.succession import Succession
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,19 @@ PATIENCE = 20.0
 
 #: Between two attempts, seconds. There is nothing to wait on: QEMU makes its socket when it gets there.
 RECONNECT_DELAY = 0.1
+
+
+class Observer(Protocol):
+    """Who looks after what carries the link."""
+
+    def began(self, transport: Transport) -> None:
+        """A session may be used."""
+
+    def ended(self, reason: str) -> None:
+        """It may not any more; ``reason`` is a clause."""
+
+    async def port_is_free(self) -> None:
+        """Returns when a session may begin over QEMU's socket."""
 
 
 class GuestLink:
@@ -76,6 +92,10 @@ class GuestLink:
         self._on_up = on_up
         self._on_down = on_down
         self._link: Link | None = None
+        self._over = Transport.NONE
+        self._living = Succession()
+        self._establishing = trio.CancelScope()
+        self.observer: Observer | None = None
         self._changed = trio.Event()
         self.sessions = 0
 
@@ -93,23 +113,40 @@ class GuestLink:
                 await trio.sleep(RECONNECT_DELAY)
                 continue
             async with transport:
-                await self._sessions(transport)
+                await self._sessions(SocketPort(transport, "QEMU closed the port"), Transport.VIRTIO_SERIAL)
             await trio.sleep(RECONNECT_DELAY)
 
-    async def _sessions(self, transport: trio.SocketStream) -> None:
-        """Sessions over one connection to QEMU, until QEMU closes it."""
-        channel = SerialChannel(SocketPort(transport, "QEMU closed the port"))
+    async def carry(self, transport: trio.SocketStream, over: Transport) -> None:
+        """Sessions over something else that leads to the agent: until that ends, or virtio-serial has the link."""
+        await self._sessions(SocketPort(transport, "the connection has ended"), over)
+
+    async def _sessions(self, transport: SocketPort, over: Transport) -> None:
+        """Sessions over one connection, until it ends."""
+        channel = SerialChannel(transport)
+        is_port = over is Transport.VIRTIO_SERIAL
         while True:
             try:
-                stream = await channel.establish()
+                stream = await (self._establish_when_free(channel) if is_port else channel.establish())
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 logger.info("%s channel lost: %s", self._name, error)
                 return
-            await self._session(stream)
+            if not is_port and self._over is Transport.VIRTIO_SERIAL:
+                return
+            if not await self._living.run(partial(self._session, stream, over)) and not is_port:
+                return
             # A guest that refuses what every session begins with is asked again, and not in a busy loop.
             await trio.sleep(RECONNECT_DELAY)
 
-    async def _session(self, stream: trio.abc.Stream) -> None:
+    async def _establish_when_free(self, channel: SerialChannel) -> trio.abc.Stream:
+        """A session over the port. It is tried for as long as it takes, beside one over something else."""
+        while True:
+            if self.observer is not None:
+                await self.observer.port_is_free()
+            with trio.CancelScope() as self._establishing:
+                return await channel.establish()
+
+    async def _session(self, stream: trio.abc.Stream, over: Transport) -> None:
+        reason = "it was ended"
         try:
             with collapsed():
                 async with trio.open_nursery() as nursery:
@@ -117,16 +154,23 @@ class GuestLink:
                     await nursery.start(link.run)
                     await self._on_up(link)
                     self.sessions += 1
-                    self._publish(link)
+                    self._publish(link, over)
+                    if self.observer is not None:
+                        self.observer.began(over)
+                    if over is not Transport.VIRTIO_SERIAL:
+                        self._establishing.cancel()  # whether the port is free may have changed
         except AgentctlProtocolError as error:
+            reason = str(error)
             logger.info("%s session ended: %s", self._name, error)
         finally:
             if self._link is not None:
                 self._publish(None)
+                if self.observer is not None:
+                    self.observer.ended(reason)
                 self._on_down()
 
-    def _publish(self, link: Link | None) -> None:
-        self._link = link
+    def _publish(self, link: Link | None, over: Transport = Transport.NONE) -> None:
+        self._link, self._over = link, over
         self._changed.set()
         self._changed = trio.Event()
 

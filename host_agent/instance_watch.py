@@ -23,6 +23,7 @@ from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
 from protocol.api import (
     Attachment,
+    ControlLink,
     Event,
     Forward,
     GetMounts,
@@ -31,6 +32,7 @@ from protocol.api import (
     Mount,
     Stage,
     Subscribe,
+    Transport,
 )
 from protocol.link import Service
 
@@ -51,6 +53,7 @@ class Topic(StrEnum):
     BOOT = "boot"
     MACHINE = "machine"
     GUEST = "guest"
+    LINK = "link"
     DISK = "disk"
     MOUNT = "mount"
     PORT = "port"
@@ -128,6 +131,8 @@ def of_event(event: Event) -> Change:
             topic, condition = Topic.BOOT, fields["stage"]
         case "machine":
             topic, condition = Topic.MACHINE, fields["state"]
+        case "control-link":
+            topic, condition = Topic.LINK, fields["state"]
         case "mount":
             topic, condition, names = Topic.MOUNT, fields["state"], {"path": fields["path"]}
         case kind if kind.startswith("port-") and "port" in fields:
@@ -146,7 +151,7 @@ def of_event(event: Event) -> Change:
 
 
 def of_status(status: InstanceStatus) -> Iterator[Change]:
-    """The instance itself, its guest and its disk."""
+    """The instance itself, its guest, what carries the link to it, and its disk."""
     now = time.time()
     explained = {"hint": status.hint} if status.hint else {}
     yield Change(now, Topic.INSTANCE, status.stage.value, status.detail, details=explained)
@@ -154,6 +159,10 @@ def of_status(status: InstanceStatus) -> Iterator[Change]:
     if status.attached is not None:
         yield _machine(status.attached)
         return
+    if status.control is not None and (
+        status.control.problem or status.control.transport is not Transport.NONE
+    ):
+        yield _link(status.control)  # one that is away for a moment is no news
     told = {"": "there is room on the disk", "low": "the host's disk is nearly full"}
     message = told.get(status.disk_state, "the host's disk is full, and the VM waits")
     yield Change(now, Topic.DISK, status.disk_state or "ok", message)
@@ -184,6 +193,18 @@ def _machine(machine: Attachment) -> Change:
     explained = {name: words for name, words in said.items() if words}
     message = f"{machine.address} is {machine.link.value}"
     return Change(time.time(), Topic.MACHINE, machine.link.value, message, details=explained)
+
+
+def _link(control: ControlLink) -> Change:
+    said = {"reason": control.problem or control.reason, "hint": control.hint}
+    explained = {name: words for name, words in said.items() if words}
+    state = control.transport.value
+    message = (
+        f"the control link goes over {state}"
+        if control.transport is not Transport.NONE
+        else "the control link is lost"
+    )
+    return Change(time.time(), Topic.LINK, state, message, details=explained)
 
 
 def _host_agent(*, connected: bool) -> Change:
@@ -246,7 +267,8 @@ class Picture:
         self.all_of(Topic.PORT, ())
         self.all_of(Topic.MOUNT, ())
         gone = Change(time.time(), Topic.MACHINE, "lost", "the machine is not attached any more")
-        for change in (_guest(connected=False), gone, _host_agent(connected=False)):
+        unlinked = Change(time.time(), Topic.LINK, Transport.NONE.value, "the VM does not run any more")
+        for change in (_guest(connected=False), unlinked, gone, _host_agent(connected=False)):
             if change.thing in self._known:
                 self.change(change)
         last = self._end or next(of_status(left()))

@@ -28,6 +28,7 @@ from host_agent.show_json import as_line
 from host_agent.show_json import status_json as status_json
 from protocol.api import (
     Attachment,
+    ControlLink,
     Event,
     Forward,
     ForwardState,
@@ -40,6 +41,7 @@ from protocol.api import (
     PortSettings,
     SocketRows,
     Stage,
+    Transport,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ FORWARD_STYLE = {
 
 
 _LEVEL_STYLE = {Level.OK: "green", Level.ADVICE: "yellow", Level.PROBLEM: "red"}
+
+_TRANSPORTS = {Transport.VIRTIO_SERIAL: "virtio-serial", Transport.SSH: "SSH"}
 
 MOUNT_STYLE = {MountState.MOUNTED: "green", MountState.WAITING: "yellow"}
 
@@ -113,6 +117,10 @@ def status(status: InstanceStatus) -> None:
     if status.disk_state == DiskState.LOW:
         console.print(words(f"  {little_left(status.host_free)}", "yellow"))
         console.print(words(f"  hint: {LOW_HINT}"))
+    if status.control is not None and (said := _link_trouble(status.control)):
+        console.print(words(f"  {said}", "yellow"))
+        if status.control.hint:
+            console.print(words(f"  hint: {status.control.hint}"))
     table = Table.grid(padding=(0, 3))
     for label, value in _facts(status):
         table.add_row(f"  {label}", words(value))
@@ -215,6 +223,7 @@ def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
             ("accelerator", status.accelerator),
             ("up for", _duration(time.time() - status.started_at)),
             ("guest agent", _agent(status)),
+            *(_control(status.control) if status.control else []),
             *_sockets(status),
             ("mounts", _mounts(status)),
             ("bulk data", _bulk(status)),
@@ -224,6 +233,23 @@ def _facts(status: InstanceStatus) -> list[tuple[str, str]]:
     if status.agent_restarts:
         facts.append(("host agent restarts", str(status.agent_restarts)))
     return facts
+
+
+def _link_trouble(control: ControlLink) -> str:
+    """What is wrong with it, in a sentence; "" if nothing is."""
+    if control.transport is Transport.SSH:
+        return f"the control link goes over SSH: {control.reason}"
+    if control.problem:
+        return f"the control link is lost: {control.reason}; nor over SSH: {control.problem}"
+    return ""
+
+
+def _control(control: ControlLink) -> list[tuple[str, str]]:
+    if not control.since:
+        return []
+    said = "lost" if control.transport is Transport.NONE else f"over {_TRANSPORTS[control.transport]}"
+    said += f", for {_duration(time.time() - control.since)}"
+    return [("control link", f"{said}, {control.attempts} attempts" if control.attempts else said)]
 
 
 def _facts_of_machine(status: InstanceStatus, machine: Attachment) -> list[tuple[str, str]]:

@@ -29,7 +29,8 @@ class InstanceState:
     ``stopping`` says that the instance was being stopped, which a new host agent must go on with.
     ``failure`` and ``hint`` tell why the last run ended if it was not asked to; ``boot_restarts`` counts QEMU
     starts of this run beyond the first, ``agent_restarts`` those of the host agent. ``bulk_memory`` is what the VM
-    shares with the host, in bytes, and ``bulk_reason`` why that is 0.
+    shares with the host, in bytes, and ``bulk_reason`` why that is 0. ``host_keys`` are those of the VM's sshd, one in
+    each line.
     """
 
     wanted: bool = False
@@ -45,6 +46,7 @@ class InstanceState:
     stopping: bool = False
     bulk_memory: int = 0
     bulk_reason: str = ""
+    host_keys: str = ""
 
 
 def load(path: Path) -> InstanceState:

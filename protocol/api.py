@@ -71,6 +71,21 @@ class Configure(Request[Configured]):
 
 
 @dataclass(frozen=True, slots=True)
+class HostKeys:
+    """By which the guest's sshd is known, as its files say them; none before its data disk is there."""
+
+    keys: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class GetHostKeys(Request[HostKeys]):
+    """Asked over the link, which leads to that VM and to no other, for the day on which the link is lost."""
+
+    METHOD: ClassVar[str] = "host-keys"
+    REPLY: ClassVar[type] = HostKeys
+
+
+@dataclass(frozen=True, slots=True)
 class GuestClock:
     """The guest's wall clock, ns since the epoch."""
 
@@ -488,6 +503,30 @@ class Attachment:
     keep: bool = False
 
 
+class Transport(StrEnum):
+    """What carries the control link of a VM."""
+
+    NONE = "none"
+    VIRTIO_SERIAL = "virtio-serial"
+    SSH = "ssh"
+
+
+@dataclass(frozen=True, slots=True)
+class ControlLink:
+    """How a VM's guest agent is reached, since ``since``, seconds since the epoch.
+
+    ``reason`` is a clause: why it is not virtio-serial. ``problem`` and ``hint`` say why it is not SSH either,
+    which was tried ``attempts`` times since there was a session.
+    """
+
+    transport: Transport
+    since: float = 0.0
+    reason: str = ""
+    problem: str = ""
+    hint: str = ""
+    attempts: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
     """What the host agent knows of its instance. Sizes in bytes, times in seconds since the epoch.
@@ -499,6 +538,7 @@ class InstanceStatus:
     ``disk_allocated`` is what the data disk takes of the host's, where ``host_free`` bytes are left; ``disk_state`` is
     "low" where that is little, and "full" where the VM waits for more. ``warnings``: what of the guest is not as it was
     asked for, in sentences. ``attached`` is None of a VM; of a machine that is attached, what only a VM has is empty.
+    ``control`` is None where no VM runs.
     """
 
     name: str
@@ -536,6 +576,7 @@ class InstanceStatus:
     runtime: str = "docker"
     containerd_socket: str = ""
     attached: Attachment | None = None
+    control: ControlLink | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,9 @@ DATA_NODE = "data"
 CONTROL_PORT = "org.agentctl.control"
 FILES_PORT = "org.agentctl.files"
 
+# The name by which QEMU's monitor knows the network.
+NETWORK = "net"
+
 # slirp's own default, said out loud: the guest is .15, the host's loopback .2, the name server .3.
 GUEST_NETWORK = "10.0.2.0/24"
 GUEST_ADDRESS = "10.0.2.15"
@@ -309,8 +312,8 @@ class Machine:
         # An empty romfile: the guest never boots from the network, so no PXE ROM is needed.
         # fmt: off
         argv = [
-            "-netdev", f"user,id=net,net={GUEST_NETWORK}",
-            "-device", "virtio-net-pci,netdev=net,romfile=",
+            "-netdev", f"user,id={NETWORK},net={GUEST_NETWORK}",
+            "-device", f"virtio-net-pci,netdev={NETWORK},romfile=",
             "-device", "virtio-rng-pci",
             "-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on",
             "-device", "virtio-serial-pci,id=serial",

@@ -49,10 +49,7 @@ def connect(session: str, plane: str, grace: float) -> None:
         rundir = RunDir.of(session)
         offer = Offer(digest(), grace).encode()
         with _handed_over(rundir, rundir.plane(plane), offer) as connection:
-            _let_go_of_stdio()
-            connection.settimeout(None)
-            while connection.recv(MAX_LINE):
-                pass
+            stay(connection)
     except ConnectionError:
         pass  # the daemon was killed, or the connection was lost before there was one
     except RunDirError as error:
@@ -61,13 +58,21 @@ def connect(session: str, plane: str, grace: float) -> None:
         raise CannotConnect(f"no agent could be started in {rundir.path}: {error.strerror}") from error
 
 
+def stay(connection: socket.socket) -> None:
+    """Until who has taken our stdio has done with it. Raises ``ConnectionError`` if it was killed."""
+    _let_go_of_stdio()
+    connection.settimeout(None)
+    while connection.recv(MAX_LINE):
+        pass
+
+
 def _handed_over(rundir: RunDir, place: Place, offer: bytes) -> socket.socket:
     deadline = time.monotonic() + START_TIME
     started = vanished = 0
     while time.monotonic() < deadline:
-        if _is_hung_up():
+        if is_hung_up():
             raise ConnectionAbortedError
-        if (connection := _offer(place, offer, deadline)) is not None:
+        if (connection := hand_over(place, offer, deadline)) is not None:
             return connection
         try:
             rundir.make()
@@ -97,7 +102,7 @@ def _is_being_ended(rundir: RunDir) -> bool:
     return False
 
 
-def _is_hung_up() -> bool:
+def is_hung_up() -> bool:
     """Whether nobody is at the other end of our stdio any more: then no agent is to be started for it."""
     poll = select.poll()
     poll.register(0, select.POLLRDHUP)
@@ -106,8 +111,10 @@ def _is_hung_up() -> bool:
     return any(events & gone for _, events in poll.poll(0))
 
 
-def _offer(place: Place, offer: bytes, deadline: float) -> socket.socket | None:
-    """The connection over which it was taken; None if nobody did. Raises ``CannotConnect`` if it was refused."""
+def hand_over(place: Place, offer: bytes, deadline: float) -> socket.socket | None:
+    """Give our stdio to who listens there.
+
+    The connection over which it was taken; None if nobody did. Raises ``CannotConnect`` if it was refused."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(max(0.1, deadline - time.monotonic()))

@@ -73,8 +73,9 @@ class Pipes:
                 await _carry(self._inner, self._out)
                 nursery.cancel_scope.cancel()
         finally:
-            for stream in (self._in, self._out, self._inner):
-                await trio.aclose_forcefully(stream)
+            with trio.CancelScope(shield=True):  # or only the first would be closed
+                for stream in (self._in, self._out, self._inner):
+                    await trio.aclose_forcefully(stream)
             self.done.set()
 
     async def _carry_in(self) -> None:

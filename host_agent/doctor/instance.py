@@ -14,11 +14,22 @@ from host_agent.doctor.finding import Finding, advice, of_error, ok, problem
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
 from host_agent.state import InstanceState
-from protocol.api import Forward, ForwardState, GetMounts, GetStatus, InstanceStatus, Mount, Stage
+from protocol.api import (
+    ControlLink,
+    Forward,
+    ForwardState,
+    GetMounts,
+    GetStatus,
+    InstanceStatus,
+    Mount,
+    Stage,
+    Transport,
+)
 from protocol.errors import RpcError
 
 TOPIC: Final = "instance"
 PORTS: Final = "ports"
+CONTROL: Final = "control link"
 ANSWER_TIME: Final = 20.0
 """Seconds for a host agent that is there."""
 
@@ -68,7 +79,20 @@ def running(told: Told) -> list[Finding]:
     status = told.status
     bulk = f"no memory is shared with the VM: {status.bulk_reason}"
     of_bulk = [advice("bulk data", bulk)] if status.bulk_reason and status.qemu_pid else []
-    return [*of_bulk, _health(status), *ports(told.forwards)]
+    return [*of_bulk, *_control(status.control), _health(status), *ports(told.forwards)]
+
+
+def _control(control: ControlLink | None) -> list[Finding]:
+    """A link that is not what a VM has."""
+    if control is None or control.transport is Transport.VIRTIO_SERIAL:
+        return []
+    if control.transport is Transport.SSH:
+        said = f"it goes over SSH: {control.reason}"
+        return [advice(CONTROL, said, "it returns by itself; if it does not: agentctl restart")]
+    if not control.problem:  # away for a moment
+        return []
+    said = f"{control.reason}; nor over SSH: {control.problem}"
+    return [advice(CONTROL, said, control.hint or "agentctl restart")]
 
 
 def _health(status: InstanceStatus) -> Finding:

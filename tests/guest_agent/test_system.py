@@ -10,7 +10,7 @@ from trio.testing import MockClock as Clock
 from guest_agent import accounts
 from guest_agent.clock import TOLERANCE_NS
 from guest_agent.system import ANSWER_FIRST, Kernel, System, read_meminfo
-from protocol.api import Configure, Done, GetGuestInfo, Shutdown
+from protocol.api import Configure, Done, GetGuestInfo, GetHostKeys, Shutdown
 from protocol.errors import ErrorCode, RpcError
 
 NOW = 1_800_000_000 * 10**9
@@ -179,3 +179,12 @@ async def test_a_shutdown_that_fails_does_not_end_the_agent(
 
 def test_meminfo_is_in_bytes() -> None:
     assert read_meminfo("MemTotal:       16 kB\nHugePages_Total:       3\n") == {"MemTotal": 16384}
+
+
+async def test_the_keys_of_its_sshd_once_the_data_disk_is_there(system: System, root: Path) -> None:
+    assert (await system.host_keys(GetHostKeys())).keys == []
+    folder = root / "var/lib/agentctl/ssh"
+    folder.mkdir()
+    (folder / "ssh_host_ed25519_key").write_text("secret")
+    (folder / "ssh_host_ed25519_key.pub").write_text("ssh-ed25519 AAAA vm\n")
+    assert (await system.host_keys(GetHostKeys())).keys == ["ssh-ed25519 AAAA vm"]

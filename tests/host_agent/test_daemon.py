@@ -9,7 +9,7 @@ from collections import namedtuple
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NoReturn, cast
 
 import pytest
 import trio
@@ -83,6 +83,11 @@ class ScriptedVm:
         return self.state
 
     @asynccontextmanager
+    async def monitor(self) -> AsyncIterator[NoReturn]:
+        raise QmpClosed("nobody is at home")
+        yield
+
+    @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[QmpEvent]]:
         raise QmpClosed("no second monitor")
         yield
@@ -116,6 +121,33 @@ async def test_a_guest_without_an_agent_is_shut_down_by_its_power_button(
     give(agent, vm)
     await agent._shut_down()
     assert vm.said == ["powerdown"]
+
+
+async def test_an_agent_that_no_way_leads_to_is_not_waited_for(
+    instance: InstancePaths, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The port is lost, and SSH is no way: the power button is pressed at once."""
+    agent, vm = HostAgent(Home(instance.directory.parent.parent), instance, -1), ScriptedVm()
+    give(agent, vm)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(agent._fallback.run)
+        attending = trio.CancelScope()
+
+        async def attend() -> None:
+            with attending:
+                await agent._fallback.attend(cast(VirtualMachine, vm))
+
+        nursery.start_soon(attend)
+        await trio.sleep(60)
+        control = (await agent.status()).control
+        assert control is not None
+        assert control.problem == "the VM has not told the host key of its SSH server"
+        attending.cancel()
+        started = trio.current_time()
+        await agent._shut_down()
+        assert vm.said == ["powerdown"]
+        assert trio.current_time() - started < daemon.GUEST_RETURN_TIME
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_vm_that_stands_still_goes_on_to_shut_down(

@@ -22,6 +22,7 @@ from host_agent.instance_watch import Change, Picture, Topic, as_object, of_even
 from host_agent.paths import InstancePaths
 from host_agent.state import InstanceState
 from protocol.api import (
+    ControlLink,
     Event,
     Forward,
     ForwardState,
@@ -30,6 +31,7 @@ from protocol.api import (
     MountState,
     Proto,
     Stage,
+    Transport,
 )
 from tests.host_agent.stand_in import HOME, STATUS, WEB, Agent, running
 
@@ -111,6 +113,10 @@ def lock(instance: InstancePaths) -> int:
             Event(1.0, "guest-connected", "there", {"clock_step_ms": "0"}),
             {"topic": "guest", "state": "connected", "message": "there"},
         ),
+        (
+            Event(1.0, "control-link", "over SSH", {"state": "ssh", "reason": "silence"}),
+            {"topic": "link", "state": "ssh", "message": "over SSH", "reason": "silence"},
+        ),
         (Event(1.0, "guest-lost", "gone"), {"topic": "guest", "state": "away", "message": "gone"}),
         (
             Event(1.0, "disk-full", "it waits", {"hint": "make room"}),
@@ -172,6 +178,28 @@ def test_what_is_as_it_was_is_not_told_again() -> None:
     assert len(reader.changes) == 8
     picture.change(Change(0.0, Topic.MOUNT, "missing", "still", {"path": "/disk"}, {"reason": "another"}))
     assert len(reader.changes) == 9
+
+
+def test_what_carries_the_link_is_told_once_it_is_known() -> None:
+    reader = Reader()
+    picture = Picture(reader.tell)
+    lost = ControlLink(Transport.NONE, 5.0, "silence")
+    for control in (
+        lost,  # for a moment, perhaps
+        replace(lost, problem="sshd is not there", hint="look", attempts=1),
+        ControlLink(Transport.SSH, 6.0, "silence"),
+        ControlLink(Transport.SSH, 7.0, "silence"),
+        ControlLink(Transport.VIRTIO_SERIAL, 8.0),
+    ):
+        picture.agent_found(replace(STATUS, control=control), [], [])
+    told = [change for change in reader.changes if change.topic is Topic.LINK]
+    assert [(change.state, change.details) for change in told] == [
+        ("none", {"reason": "sshd is not there", "hint": "look"}),
+        ("ssh", {"reason": "silence"}),
+        ("virtio-serial", {}),
+    ]
+    picture.ended(lambda: STATUS)
+    assert "link none" in reader.said()
 
 
 def test_what_has_gone_while_nobody_could_tell_is_told() -> None:

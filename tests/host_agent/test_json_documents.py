@@ -23,6 +23,7 @@ from host_agent.instance_watch import Topic
 from host_agent.paths import InstancePaths
 from protocol.api import (
     Attachment,
+    ControlLink,
     Event,
     ForwardState,
     GuestInfo,
@@ -34,6 +35,7 @@ from protocol.api import (
     SocketRow,
     SocketRows,
     Stage,
+    Transport,
 )
 from tests.host_agent.command_line import agentctl
 from tests.host_agent.stand_in import STATUS, Agent, running
@@ -104,6 +106,7 @@ def test_every_command_that_prints_json_is_in_the_document() -> None:
 
 STARTING = ("status", "up", "start", "restart", "attach")
 MACHINE = Attachment("me@machine", LinkState.CONNECTED)
+CONTROL = ControlLink(Transport.VIRTIO_SERIAL, 1.0)
 RULE = PortRule(Proto.TCP, guest_port=8000, ports=11, host_ip="0.0.0.0", host_port=9000)
 
 
@@ -111,7 +114,7 @@ def full() -> Agent:
     """One that has everything there can be."""
     guest = GuestInfo("6.12", 39.5, 1, 2, 3, 4, 5, "tracefs", 6)
     sockets = SocketRows([SocketRow(SocketForward("/run/db.sock", "/db.sock"), ForwardState.LISTENING)])
-    status = replace(STATUS, guest=guest, attached=MACHINE)
+    status = replace(STATUS, guest=guest, attached=MACHINE, control=CONTROL)
     return Agent(status=status, port_settings=PortSettings([RULE]), sockets=sockets)
 
 
@@ -132,11 +135,12 @@ async def test_what_is_printed_has_the_keys_of_the_document(instance: InstancePa
 
 def test_up_prints_what_status_prints(capsys: pytest.CaptureFixture[str]) -> None:
     guest = GuestInfo("6.12", 39.5, 1, 2, 3, 4, 5, "tracefs", 6)
-    show.status_json(replace(STATUS, guest=guest, attached=MACHINE))
+    show.status_json(replace(STATUS, guest=guest, attached=MACHINE, control=CONTROL))
     printed = json.loads(capsys.readouterr().out)
     assert all(shape(examples(name)[0]) == shape(printed) for name in STARTING)
     said = {*re.findall(r"`(\w+)`", sections()["status"])}
     assert said >= {stage.value for stage in Stage} | {each.value for each in LinkState}
+    assert {*re.findall(r"`([\w-]+)`", sections()["status"])} >= {each.value for each in Transport}
 
 
 def test_the_lines_of_top() -> None:

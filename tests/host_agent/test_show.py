@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from host_agent.doctor.finding import Diagnosis, Finding, advice, ok, problem
 from host_agent.errors import UserError
 from host_agent.progress import progress
 from protocol.api import (
+    ControlLink,
     Event,
     Forward,
     ForwardState,
@@ -28,6 +30,7 @@ from protocol.api import (
     SocketRow,
     SocketRows,
     Stage,
+    Transport,
 )
 
 GIB = 1 << 30
@@ -74,6 +77,24 @@ def test_what_runs_the_containers_is_where_it_is_found(capsys: pytest.CaptureFix
     assert "containerd" in containerd
     assert "unix:///c.sock" in containerd
     assert "context" not in containerd
+
+
+def test_what_carries_the_control_link_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(control: ControlLink | None) -> str:
+        show.status(replace(RUNNING, control=control))
+        return capsys.readouterr().out
+
+    assert "control link" not in shown(None)
+    assert "control link" not in shown(ControlLink(Transport.NONE))  # while it boots
+    usual = shown(ControlLink(Transport.VIRTIO_SERIAL, 1.0))
+    assert re.search(r"control link +over virtio-serial, for", usual)
+    over_ssh = shown(ControlLink(Transport.SSH, 1.0, "silence"))
+    assert "the control link goes over SSH: silence" in over_ssh
+    assert re.search(r"control link +over SSH, for", over_ssh)
+    lost = shown(ControlLink(Transport.NONE, 1.0, "silence", "sshd is not there", "look", 3))
+    assert "the control link is lost: silence; nor over SSH: sshd is not there" in lost
+    assert "hint: look" in lost
+    assert re.search(r"control link +lost, for .*, 3 attempts", lost)
 
 
 def test_words_are_what_they_look_like() -> None:

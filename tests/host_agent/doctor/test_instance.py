@@ -11,7 +11,7 @@ from host_agent.doctor.instance import Told
 from host_agent.errors import ExitCode
 from host_agent.paths import InstancePaths
 from host_agent.state import InstanceState
-from protocol.api import Forward, ForwardState, InstanceStatus, Proto, Stage
+from protocol.api import ControlLink, Forward, ForwardState, InstanceStatus, Proto, Stage, Transport
 
 RUNNING = InstanceStatus(
     name="default",
@@ -67,6 +67,18 @@ def test_what_is_wrong_with_it(changes: dict[str, object], level: Level, code: i
 def test_no_shared_memory() -> None:
     bulk, runs = looked(bulk_memory=0, bulk_reason="qemu has no virtio-pmem-pci")
     assert (bulk.topic, bulk.level, runs.level) == ("bulk data", Level.ADVICE, Level.OK)
+
+
+def test_a_control_link_that_is_not_what_a_vm_has() -> None:
+    over_port = ControlLink(Transport.VIRTIO_SERIAL, 1.0)
+    assert [finding.level for finding in looked(control=over_port)] == [Level.OK]
+    link, runs = looked(control=ControlLink(Transport.SSH, 1.0, "silence"))
+    assert (link.topic, link.level, runs.level) == ("control link", Level.ADVICE, Level.OK)
+    assert link.message == "it goes over SSH: silence"
+    lost = ControlLink(Transport.NONE, 1.0, "silence", "sshd is not there", "look", 3)
+    link, health = looked(control=lost, guest_connected=False)
+    assert (link.message, link.fix) == ("silence; nor over SSH: sshd is not there", "look")
+    assert health.level is Level.PROBLEM
 
 
 def test_ports_that_are_not_where_they_should_be() -> None:
