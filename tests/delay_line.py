@@ -1,8 +1,10 @@
 """A line with a length: passes TCP connections on, each byte late by a fixed time, and can be cut and joined again.
 
-``python delay_line.py SECONDS TARGET PORT`` is the process that does it, so that nobody who is measured shares an
-interpreter with it; ``DelayLine`` is what a test holds. The law: a byte leaves SECONDS after it has come, in each
+``python delay_line.py SECONDS TARGET PORT [--rate BYTES]`` is the process that does it, so that nobody who is measured
+shares an interpreter with it; ``DelayLine`` is what a test holds. The law: a byte leaves SECONDS after it has come, in each
 direction, so a round trip takes twice that, and as many bytes are under way as come meanwhile: a delay, no limit of throughput.
+Unless there is a rate: then each direction carries that many bytes a second, of all connections, and what does not get its turn
+within a tenth of a second is not read yet.
 
 netem would do the same; not every kernel has it.
 """
@@ -29,6 +31,13 @@ READ_SIZE = 256 * 1024
 MAX_HELD = 256 * 1024 * 1024
 """Bytes under way in one direction: 2 GB/s for 100 ms fit."""
 
+QUEUED = 0.1
+"""Seconds of a line with a rate that wait for their turn, as in a router; and what sockets hold for it, in bytes:"""
+SOCKET_BUFFER = 128 * 1024
+
+PIECE = 16 * 1024
+"""Bytes that have their turn at a time."""
+
 RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: closing says RST."""
 
@@ -44,13 +53,33 @@ def drop_what_comes(taker: socket.socket) -> None:
     taker.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
+class Turn:
+    """What the line carries in one direction, ``rate`` bytes a second, or None for any number."""
+
+    def __init__(self, rate: float | None) -> None:
+        self.rate = rate
+        self._free = 0.0
+
+    def passed(self, now: float, size: int) -> float:
+        """When ``size`` bytes that come now have had their turn."""
+        if self.rate is None:
+            return now
+        self._free = max(now, self._free) + size / self.rate
+        return self._free
+
+    def most_held(self, delay: float) -> float:
+        """Bytes of a connection: those that wait for their turn, and those that have had it."""
+        return MAX_HELD if self.rate is None else self.rate * (QUEUED + delay)
+
+
 class Way:
     """One direction of a connection."""
 
-    def __init__(self, line: Line, source: socket.socket, target: socket.socket) -> None:
+    def __init__(self, line: Line, source: socket.socket, target: socket.socket, there: bool) -> None:
         self._line = line
         self._source = source
         self._target = target
+        self._turn = line.turns[there]
         self._held: deque[tuple[float, bytes]] = deque()
         self._bytes = 0
         self._changed = asyncio.Event()
@@ -64,10 +93,10 @@ class Way:
         loop = asyncio.get_running_loop()
         data = b"-"
         while data:
-            while self._bytes > MAX_HELD:
+            while self._bytes > self._turn.most_held(self._line.delay):
                 await self._wait()
-            data = await loop.sock_recv(self._source, READ_SIZE)
-            self._held.append((loop.time() + self._line.delay, data))
+            data = await loop.sock_recv(self._source, READ_SIZE if self._turn.rate is None else PIECE)
+            self._held.append((self._turn.passed(loop.time(), len(data)) + self._line.delay, data))
             self._bytes += len(data)
             self._changed.set()
 
@@ -95,8 +124,9 @@ class Way:
 class Line:
     """The process's side."""
 
-    def __init__(self, delay: float, target: str, port: int) -> None:
+    def __init__(self, delay: float, target: str, port: int, rate: float | None = None) -> None:
         self.delay = delay
+        self.turns = (Turn(rate), Turn(rate))
         self.joined = asyncio.Event()
         self.joined.set()
         self._target = target
@@ -122,8 +152,14 @@ class Line:
     def listen(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", self._port), backlog=128)
         self._listener.setblocking(False)
+        self._bound(self._listener)
         self._port = self._listener.getsockname()[1]
         self._accepting = asyncio.create_task(self._accept(self._listener))
+
+    def _bound(self, end: socket.socket) -> None:
+        """Those that are accepted have what their listener has."""
+        if self.turns[0].rate is not None:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
 
     async def late(self, delay: bytes) -> None:
         self.delay = float(delay)
@@ -198,6 +234,7 @@ class Line:
         unix = self._target.startswith("/")
         with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as server:
             server.setblocking(False)
+            self._bound(server)
             address: str | tuple[str, int] = self._target
             if not unix:
                 host, _, port = self._target.rpartition(":")
@@ -206,22 +243,23 @@ class Line:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().sock_connect(server, address)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(Way(self, client, server).run())
-                tasks.create_task(Way(self, server, client).run())
+                tasks.create_task(Way(self, client, server, True).run())
+                tasks.create_task(Way(self, server, client, False).run())
 
 
 class DelayLine:
     """A line to ``target``, "ADDRESS:PORT" or the path of a unix socket; ``port`` of 127.0.0.1 is its near end.
 
-    ``delay`` in seconds, each way.
+    ``delay`` in seconds, each way; ``rate`` in bytes a second, each way, or None for any.
     """
 
-    def __init__(self, target: str | Path, delay: float = 0.0) -> None:
+    def __init__(self, target: str | Path, delay: float = 0.0, rate: float | None = None) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         from tests.free_ports import free_port  # which the process need not find
 
         # Not one that another connection may be given while this line refuses.
         argv = [sys.executable, "-I", __file__, str(delay), str(target), str(free_port())]
+        argv += [] if rate is None else ["--rate", str(rate)]
         self._process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
@@ -297,9 +335,10 @@ def main() -> None:
     arguments.add_argument("delay", type=float)
     arguments.add_argument("target")
     arguments.add_argument("port", type=int)
+    arguments.add_argument("--rate", type=float)
     given = arguments.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ^C is for the tests, which end this
-    asyncio.run(Line(given.delay, given.target, given.port).run())
+    asyncio.run(Line(given.delay, given.target, given.port, given.rate).run())
 
 
 if __name__ == "__main__":

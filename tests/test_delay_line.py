@@ -58,6 +58,32 @@ def ask(peer: socket.socket, question: bytes) -> float:
     return time.monotonic() - started
 
 
+def test_a_rate_is_for_all_connections_of_a_direction(echo: str) -> None:
+    with DelayLine(echo, 0.0, rate=1e6) as line, connect(line) as one, connect(line) as other:
+        started = time.monotonic()
+        talks = [threading.Thread(target=ask, args=(peer, bytes(250_000))) for peer in (one, other)]
+        for talk in talks:
+            talk.start()
+        for talk in talks:
+            talk.join()
+        # Less what the last piece had still to go when it came.
+        assert time.monotonic() - started >= 0.5
+
+
+def test_what_waits_for_its_turn_is_bounded(echo: str) -> None:
+    with DelayLine(echo, 0.0, rate=1000) as line, connect(line) as peer:
+        peer.setblocking(False)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sent = 0
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                sent += peer.send(bytes(65536))
+            except BlockingIOError:
+                break
+        assert sent < 8 << 20
+
+
 def test_each_byte_is_late_both_ways(echo: str) -> None:
     with DelayLine(echo, 0.5) as line, connect(line) as peer:
         assert ask(peer, b"?") >= 1.0
