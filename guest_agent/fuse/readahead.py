@@ -12,13 +12,15 @@ The laws:
 - Asked for is what follows two READs of the same size that followed each other, of ``LEAST`` bytes and more: one such
   READ, and twice as many with each one that is given from here, up to ``MOST``. Nobody who reads here and there pays.
 - ``MAX_HELD`` bytes of all mounts together, which leaves most of the shared memory to others, and nothing ``IDLE``
-  seconds after the last READ. Of a host that is far away, with which none is shared, both are more, in proportion.
+  seconds after the last READ and the last that has come. Of a host that is far away, with which none is shared, both
+  are more, in proportion; but over a way that takes ``SLOW`` seconds for a piece, fewer and fewer.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
 from guest_agent.fuse.arrival import Arrival
@@ -41,6 +43,10 @@ MAX_STREAMS: Final = 64
 """Files of which is known how they are read."""
 IDLE: Final = 1.0
 """Seconds."""
+
+SLOW: Final = 2.0
+"""Seconds from asking for a piece to its coming. What is asked for then only waits in front of all else on the way: a
+link whose heartbeat is late by 20 s is taken for dead, and 32 MiB at 1 MB/s are more."""
 
 _SIZE: Final = slice(8, 16)
 """Of an ``ATTR``."""
@@ -87,27 +93,37 @@ class _Stream:
     """How a file is being read. ``next``: where the next READ is expected, of ``size`` bytes; ``follows``: the last one
     was. ``ahead``: how many are to be asked for."""
 
-    __slots__ = ("ahead", "follows", "next", "pieces", "size")
+    __slots__ = ("ahead", "follows", "is_slow", "next", "pieces", "size")
 
     def __init__(self) -> None:
         self.next = self.size = self.ahead = 0
-        self.follows = False
+        self.follows = self.is_slow = False
         self.pieces: deque[_Piece] = deque()
 
 
 class Readahead:
     """Of one mount."""
 
-    def __init__(self, host: Asker, share: int, known: Known, timers: Timers, uniques: Iterator[int]) -> None:
+    def __init__(
+        self,
+        host: Asker,
+        share: int,
+        known: Known,
+        timers: Timers,
+        uniques: Iterator[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._host = host
         self._known = known
         self._share = share
-        self._idle = Idle(timers, IDLE, self.void, lambda: self._streams)
+        self._idle = Idle(timers, IDLE, self._let_idle_go, lambda: self._streams)
         self._uniques = uniques
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
         """By node, the one that was read last at the end."""
         self._awaited: dict[int, tuple[int, _Piece]] = {}
         """By the unique of the request that waits, with the node."""
+        self._coming = 0  # pieces on their way
 
     # --- what is read ----------------------------------------------------------------------------------
 
@@ -127,7 +143,8 @@ class Readahead:
         if not stream.pieces:
             return None
         piece = stream.pieces.popleft()
-        stream.ahead = min(2 * stream.ahead, self._host.scaled(MOST, MOST_FAR))
+        if not stream.is_slow:
+            stream.ahead = min(2 * stream.ahead, self._host.scaled(MOST, MOST_FAR))
         if piece.is_over:
             given = self._given(piece, size)
             self._go_on(node, stream)
@@ -182,11 +199,13 @@ class Readahead:
             piece = _Piece(offset, stream.size, self._host)
             stream.pieces.append(piece)
             self._host.read_ahead += piece.size
-            spawn(self._bring(node, piece))
+            self._coming += 1
+            spawn(self._bring(node, stream, piece))
             offset += stream.size
         self._idle.watch()
 
-    async def _bring(self, node: int, piece: _Piece) -> None:
+    async def _bring(self, node: int, stream: _Stream, piece: _Piece) -> None:
+        began = self._clock()
         ask = self._host.ask(Read(self._share, next(self._uniques), node, piece.offset, piece.size))
         ask.may_lend = True
         try:
@@ -195,6 +214,11 @@ class Readahead:
             piece.is_here = True
         except OSError:
             piece.is_wanted = False  # who reads it hears of that
+        stream.is_slow = self._clock() - began > SLOW
+        if stream.is_slow:
+            stream.ahead = max(1, stream.ahead // 2)
+        self._coming -= 1
+        self._idle.used()
         if not piece.is_wanted:
             self._release(piece)
         piece.arrival.end()
@@ -223,6 +247,13 @@ class Readahead:
     def void(self) -> None:
         """Nothing is told any more, nor of what is still to come."""
         self.drop(*self._streams, *(node for node, _ in self._awaited.values()))
+
+    def _let_idle_go(self) -> None:
+        """Over a slow way a piece may take seconds to come: who reads it waits for it, and would ask for it again."""
+        if self._coming:
+            self._idle.watch()
+        else:
+            self.void()
 
     def interrupt(self, unique: int) -> None:
         """The caller of request ``unique`` has had a signal."""

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from guest_agent.fuse.abi import Opcode
-from guest_agent.fuse.readahead import IDLE, LEAST, MAX_HELD, MAX_STREAMS, MOST
+from guest_agent.fuse.readahead import IDLE, LEAST, MAX_HELD, MAX_STREAMS, MOST, SLOW
 from protocol.bulk import MAX_RUN, SLOT
 from protocol.files import Attributes, Changed, GetAttributes, Read, Write, Written
 from tests.guest_agent.fuse.script import ATTRIBUTES, Asked, pack, replied
@@ -290,6 +290,34 @@ def test_who_stops_to_read_leaves_nothing() -> None:
     it.timers.fire()
     assert it.held == it.host.read_ahead == 0
     assert it.timers.waiting == []
+
+
+def test_what_is_on_its_way_is_waited_for_however_long_that_takes() -> None:
+    it = Reader()
+    offset = it.begin(4)
+    unique = it.ask(offset)
+    before = len(it.asked)
+    for _ in range(3):
+        assert it.timers.fire() == IDLE
+    assert len(it.asked) == before
+    it.answer_all()
+    assert it.answers == replied(unique, content(offset))
+
+
+def test_over_a_slow_way_less_is_asked_for_until_it_is_faster() -> None:
+    it = Reader()
+    now = 0.0
+    it.volume.readahead._clock = lambda: now
+    offset = it.begin(MOST)
+    counts = []
+    for seconds in [SLOW + 1] * 6 + [SLOW / 2] * 6:
+        it.ask(offset)
+        offset += SIZE
+        now += seconds
+        it.answer_all()
+        counts.append(len(it.volume.readahead._streams[NODE].pieces))
+    assert counts[5] == 1
+    assert counts[-1] == MOST
 
 
 def test_without_memory_it_is_the_same() -> None:
