@@ -75,8 +75,9 @@ class FileService:
         remember: Callable[[tuple[MountSpec, ...]], None],
         program: Sequence[str] = file_server_process.PROGRAM,
         store: Sequence[int] = (),
+        packed: bool = False,
     ) -> None:
-        """``store`` are the keeper's sockets for the descriptor store."""
+        """``store`` are the keeper's sockets for the descriptor store; ``packed`` as for ``GuestLink``."""
         self._specs = mounts.resolved(specs)
         self._log = paths.files_log
         self._identity = paths.files_identity
@@ -87,6 +88,7 @@ class FileService:
             *("--guest-socket", str(paths.files_socket)),
             *("--instance", str(paths.directory)),
             *("--journal", str(paths.files_journal)),
+            *(["--packed"] if packed else []),
             *(f"--hide={folder}" for folder in _private_folders(home)),
         ]
         self._store = store

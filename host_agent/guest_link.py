@@ -25,6 +25,7 @@ from protocol.lane import Lane
 from protocol.link import Link, MuxStream, OnOpened, SendEarly, SerialChannel, Service
 from protocol.messages import Hello
 from protocol.muxstream import Traffic
+from protocol.packedport import PackedPort
 from protocol.serial import SocketPort
 from protocol.session import MAX_BACKLOG, Role
 from protocol.succession import Succession
@@ -72,9 +73,12 @@ class GuestLink:
         pause_above: int | None = None,
         bulk: Bulk | None = None,
         lane: Lane | None = None,
+        packed: bool = False,
     ) -> None:
-        """``name`` is for logs; the limits, in bytes, ``bulk`` and ``lane`` are those of ``Link``."""
+        """``name`` is for logs; the limits, in bytes, ``bulk`` and ``lane`` are those of ``Link``. ``packed``: the way
+        may be a long one, and what travels is packed if the other side knows of that."""
         self._name = name
+        self._packed = packed
         self.traffic = Traffic()
         """What streams have carried, in all sessions."""
         self._open_link = partial(
@@ -122,7 +126,7 @@ class GuestLink:
 
     async def _sessions(self, transport: SocketPort, over: Transport) -> None:
         """Sessions over one connection, until it ends."""
-        channel = SerialChannel(transport)
+        channel = SerialChannel(PackedPort(transport) if self._packed else transport)
         is_port = over is Transport.VIRTIO_SERIAL
         while True:
             try:

@@ -78,9 +78,10 @@ class InstanceAgent(ABC):
         *,
         answers: int | None = None,
         bulk: Bulk | None = None,
+        packed: bool = False,
     ) -> None:
         """``store`` are the keeper's sockets for the descriptor store, ``answers`` what it keeps for us besides;
-        ``bulk`` is the control plane's."""
+        ``bulk`` is the control plane's; ``packed``: the files go a long way (``GuestLink``)."""
         self._home = home
         self._paths = paths
         self._lock = lock
@@ -119,7 +120,13 @@ class InstanceAgent(ABC):
         )
         self._ports = PortRules(self._config.ports, self._forwards.change_rules, self._remember_ports)
         self._files = FileService(
-            home, paths, self._config.mounts, self._events.say, self._remember_mounts, store=store
+            home,
+            paths,
+            self._config.mounts,
+            self._events.say,
+            self._remember_mounts,
+            store=store,
+            packed=packed,
         )
 
     def _serve(

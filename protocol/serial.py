@@ -47,6 +47,13 @@ class SocketPort(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
 
+    async def send_some(self, data: bytes | bytearray | memoryview) -> int:
+        """How much of ``data`` was sent, as soon as some was; nothing was if it is cancelled."""
+        try:
+            return await self._stream.socket.send(data)
+        except OSError as error:
+            raise trio.BrokenResourceError(f"{self._gone}: {error}") from error
+
     def send_nowait(self, data: bytes | bytearray | memoryview) -> bool:
         """Send ``data`` if the socket has room for it; False if nothing was sent.
 

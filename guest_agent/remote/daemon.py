@@ -21,6 +21,7 @@ from guest_agent.remote.logfile import StderrLog
 from guest_agent.remote.rundir import RunDir, write_holder
 from guest_agent.transports import OpenTransport
 from protocol.build import digest
+from protocol.packedport import PackedPort
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def main(plane: str, session: str, lock: int, listener: int) -> int:
         _raise_limit()
         _begin_log(RunDir.of(session).plane(plane).log)
         with socket.socket(fileno=listener) as listening:
-            trio.run(_serve, _agent_of(plane), listening)
+            trio.run(_serve, _agent_of(plane), listening, plane == "files")
         status = 0
     except BaseException:
         log.exception("daemon.failed plane=%s", plane)
@@ -58,11 +59,15 @@ def main(plane: str, session: str, lock: int, listener: int) -> int:
         os._exit(status)
 
 
-async def _serve(run: Run, listener: socket.socket) -> None:
+async def _serve(run: Run, listener: socket.socket, packed: bool) -> None:
     async with trio.open_nursery() as nursery:
         door = Door(listener, digest(), FIRST_GRACE)
         nursery.start_soon(door.run)
-        await run(door.open_transport, vm=False)
+
+        async def open_packed() -> PackedPort:
+            return PackedPort(await door.open_transport())
+
+        await run(open_packed if packed else door.open_transport, vm=False)
         nursery.cancel_scope.cancel()
 
 

@@ -47,6 +47,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--store-fd", type=int, help="where descriptors outlive us: a SOCK_SEQPACKET socket")
     parser.add_argument("--instance", type=Path, help="whose VM may share memory with us")
     parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--packed", action="store_true", help="pack what travels where that pays")
     parser.add_argument("--hide", action="append", default=[], help="a directory that guests see empty")
     return parser.parse_args()
 
@@ -69,7 +70,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope)
             bulk = None if arguments.instance is None else plane(FILES, InstancePaths(arguments.instance))
-            server = FileServer(arguments.guest_socket, control, journal, arguments.hide, keepsakes, bulk)
+            server = FileServer(
+                arguments.guest_socket,
+                control,
+                journal,
+                arguments.hide,
+                keepsakes,
+                bulk,
+                packed=arguments.packed,
+            )
             await server.run()
             nursery.cancel_scope.cancel()
     finally:

@@ -91,8 +91,10 @@ class FileServer:
         hidden: Iterable[str] = (),
         keepsakes: Keepsakes | None = None,
         bulk: Bulk | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
-        """``bulk``: memory for payloads that the guest may have, too."""
+        """``bulk``: memory for payloads that the guest may have, too. ``packed`` as for ``GuestLink``."""
         self._journal = journal
         self._keepsakes = Keepsakes() if keepsakes is None else keepsakes
         self._hidden = list(hidden)
@@ -126,6 +128,7 @@ class FileServer:
             pause_above=PAUSE_ABOVE,
             bulk=bulk,
             lane=self._lane,
+            packed=packed,
         )
         asked = Service()
         asked.on_request(ServeShares, self._serve_shares)

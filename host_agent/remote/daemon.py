@@ -76,7 +76,7 @@ class AttachedAgent(InstanceAgent):
     def __init__(
         self, home: Home, paths: InstancePaths, given: Inherited, open_way: OpenWay, install: Install
     ) -> None:
-        super().__init__(home, paths, given.lock, given.store, answers=given.answers)
+        super().__init__(home, paths, given.lock, given.store, answers=given.answers, packed=True)
         found = record.load(paths)
         if found is None:
             raise UserError(f"{paths.name} is not an attached instance", "attach it: agentctl attach")
