@@ -121,8 +121,11 @@ class FileServer:
         hidden: Sequence[Path],
         memory: Memory | None = None,
         marks: int | None = None,
+        packed: bool = False,
     ) -> None:
+        """``packed``: what travels is, if its agent knows of that."""
         self._marks = marks
+        self._packed = packed
         self._loop, self._directory, self._socket_path, self._hidden = loop, directory, socket_path, hidden
         self._memory = memory
         self._says = directory / "server.use"
@@ -147,6 +150,8 @@ class FileServer:
         if self._memory is not None:
             argv += ["--instance", str(self._memory.instance)]
         argv += ["--control-fd", str(theirs.fileno()), "--journal", str(self._directory / "journal")]
+        if self._packed:
+            argv.append("--packed")
         for path in self._hidden:
             argv += ["--hide", str(path)]
         store: socket.socket = self._loop.start(self._keep)

@@ -1,12 +1,12 @@
 """An agent of the files plane, the real one, that says on SIGUSR1 how its memory is used.
 
     python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] [--lose N] [--listen] [--attached]
-                                    SAY MODULE [ARGUMENT ...]
+                                    [--packed] SAY MODULE [ARGUMENT ...]
 
 ``SAY`` is the file that it says it in (``memory.Use``). ``PATH`` has the guest's file from byte ``OFFSET`` on, instead
 of /dev/pmem0. ``SECONDS``: how long the guest waits for an absent host; that it is gone is noticed sooner, then.
 With ``--listen`` the guest does not connect to its socket, but is who is connected to: nothing is between the two then.
-With ``--attached`` it is on a machine that is no VM.
+With ``--attached`` it is on a machine that is no VM, and with ``--packed`` what travels is packed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import trio
 
 from protocol import bulk
+from protocol.packedport import PackedPort
 from protocol.region import FILE_SIZE, Region
 from protocol.serial import SocketPort
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--lose", type=int)
     parser.add_argument("--listen", action="store_true")
     parser.add_argument("--attached", action="store_true")
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("say", type=Path)
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -52,7 +54,7 @@ def main() -> None:
     if options.listen:
         _listen()
     if options.attached:
-        _attach()
+        _attach(options.packed)
     sys.argv[1:] = options.arguments
     runpy.run_module(options.module, run_name="__main__", alter_sys=True)
 
@@ -124,13 +126,19 @@ def _listen() -> None:
     transports.open_unix = accept_unix
 
 
-def _attach() -> None:
+def _attach(packed: bool) -> None:
     from guest_agent import transports
 
     run_agent = transports.run_agent
 
     def run_off_the_vm(arguments: Any, module: str, port: Path, run: Any) -> int:
-        return run_agent(arguments, module, port, functools.partial(run, vm=False))
+        async def run_packed(open_transport: Any) -> None:
+            async def open_packed() -> PackedPort:
+                return PackedPort(await open_transport())
+
+            await run(open_packed if packed else open_transport, vm=False)
+
+        return run_agent(arguments, module, port, run_packed)
 
     transports.run_agent = run_off_the_vm
 

@@ -120,9 +120,11 @@ class FilesAgent:
         losing: int | None = None,
         listening: bool = False,
         attached: bool = False,
+        packed: bool = False,
     ) -> None:
         """``listening``: on its socket, for the host to connect to. ``attached``: it is on a machine that is no VM, and
-        never says that it is ready."""
+        never says that it is ready. ``packed``: what travels is, if its host knows of that, too."""
+        self._packed = packed
         self._attached = attached
         self._namespace = namespace
         self._losing = losing
@@ -189,6 +191,8 @@ class FilesAgent:
             options.append("--listen")
         if self._attached:
             options.append("--attached")
+        if self._packed:
+            options.append("--packed")
         if options:
             return ["-m", "tests.files.observed", *options, str(self._says), *arguments]
         return ["-m", *arguments]

@@ -1,7 +1,7 @@
 """Compares agentctl's mount with sshfs where the machine is far away: through a line that holds each byte, and one sshd.
 
-    python3 -m tests.bench.attached [--round-trips MS,MS...] [--rounds N] [--only WORKLOAD] [--peers NAMES] [--edits N]
-                                    [--json FILE] [--work DIRECTORY] [--table FILE]
+    python3 -m tests.bench.attached [--round-trips MS,MS...] [--rate BYTES/s] [--rounds N] [--only WORKLOAD]
+                                    [--peers NAMES] [--edits N] [--json FILE] [--work DIRECTORY] [--table FILE]
 
 The mount is here as well, in a mount namespace of its own; what is measured is how much of a program's time is spent on
 waiting for the other side. Needs root, git, sshfs, openssh-client, openssh-server and openssh-sftp-server.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -37,10 +38,16 @@ WORKLOADS = (
 )  # fmt: skip
 """What reads. What writes takes a round trip a call with both, since it is on the host when the call returns."""
 
+PACKING_WORKLOADS = ("grep cold", "cat cold", "cat text cold", "find cold", "cp -r cold")
+"""What a line with a rate is slow for."""
+
 SIZES = dataclasses.replace(
     trees.EMULATED, source=120, many=500, repository=200, big=64 * trees.MIB, stats=1000
 )
 """A few hundred files: sshfs takes 2 to 4 round trips for each."""
+
+PACKING_SIZES = dataclasses.replace(SIZES, source=200, big=32 * trees.MIB, text=32 * trees.MIB)
+"""16 s at 2 MB/s."""
 
 PROCEDURE = (
     "both through one sshd and one line to it, which holds each byte for half of the round trip in either direction; cold: in a "
@@ -55,6 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--round-trips", default="0,20,100", metavar="MS", help="what the lines add (default 0,20,100)"
     )
+    parser.add_argument("--rate", help="what the lines carry, each way: 2MB/s (default: any number of bytes)")
     parser.add_argument(
         "--rounds", type=int, default=3, help="samples of each workload on each peer and line"
     )
@@ -62,10 +70,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", action="append", default=[], metavar="WORKLOAD", help="wildcards; repeatable"
     )
     parser.add_argument("--edits", type=int, default=40, help="seen on each peer and line")
-    parser.add_argument("--peers", default="", help=f"separated by commas, of {','.join(peers.PEERS)}")
+    parser.add_argument(
+        "--peers", default="", help=f"separated by commas, of {','.join(peers.PACKING_PEERS)}"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="begin nothing on a line after this")
     parser.add_argument(
-        "--patience", type=float, default=100.0, help="seconds for a workload on a peer, in all rounds"
+        "--patience",
+        type=float,
+        help="seconds for a workload on a peer, in all rounds (100, with a rate 200)",
     )
     parser.add_argument(
         "--table",
@@ -76,15 +88,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="where to write every sample (default: in --work)")
     parser.add_argument("--work", type=Path, help="directory to work in (default ~/.cache/agentctl-bench)")
     chosen = parser.parse_args(arguments)
-    chosen.names = [name for name in chosen.peers.split(",") if name] or list(peers.PEERS)
-    if unknown := [name for name in chosen.names if name not in peers.PEERS]:
-        parser.error(f"unknown peer {unknown[0]}; there are {', '.join(peers.PEERS)}")
+    default = peers.PEERS if chosen.rate is None else peers.PACKING_PEERS
+    chosen.names = [name for name in chosen.peers.split(",") if name] or list(default)
+    if unknown := [name for name in chosen.names if name not in peers.PACKING_PEERS]:
+        parser.error(f"unknown peer {unknown[0]}; there are {', '.join(peers.PACKING_PEERS)}")
+    chosen.patience = chosen.patience or (100.0 if chosen.rate is None else 200.0)
+    chosen.sizes = SIZES if chosen.rate is None else PACKING_SIZES
+    try:
+        chosen.bytes_a_second = None if chosen.rate is None else parse_rate(chosen.rate)
+    except ValueError as error:
+        parser.error(f"--rate: {error}")
     try:
         chosen.lines = [float(number) / 1000 for number in chosen.round_trips.split(",")]
     except ValueError:
         parser.error("--round-trips: numbers, separated by commas")
     found = runner.select(chosen.only)
-    chosen.workloads = found if chosen.only else WORKLOADS
+    default = WORKLOADS if chosen.rate is None else PACKING_WORKLOADS
+    chosen.workloads = found if chosen.only else default
     if not chosen.workloads and not chosen.edits:
         parser.error("no workload matches --only")
     if chosen.rounds < 1 or min(chosen.lines) < 0:
@@ -92,13 +112,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
+def parse_rate(text: str) -> float:
+    """Bytes a second of "2MB/s" or "500kB/s". Raises ``ValueError``."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMG]?)B(?:/s)?", text)
+    if found is None or not (rate := float(found[1])):
+        raise ValueError(f"{text} is no rate as 2MB/s is")
+    return rate * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]]
+
+
 def measure(chosen: argparse.Namespace, work: Path, round_trip: float) -> Report:
     """Over one line."""
     started = time.time()
     with contextlib.ExitStack() as stack:
-        machine = peers.Machine(stack, work, round_trip)
-        found = peers.offered(stack, machine, chosen.names)
-        driver = stack.enter_context(local.driver(work, SIZES))
+        # What one has asked for ahead is not to be in the way of the next: where a line can be full, each has its own.
+        alone = [[name] for name in chosen.names] if chosen.bytes_a_second else [chosen.names]
+        found = [
+            peer
+            for names in alone
+            for peer in peers.offered(
+                stack, peers.Machine(stack, work, round_trip, chosen.bytes_a_second), names
+            )
+        ]
+        driver = stack.enter_context(local.driver(work, chosen.sizes))
         plan = Plan(
             chosen.rounds,
             chosen.workloads,
@@ -119,8 +154,10 @@ def measure(chosen: argparse.Namespace, work: Path, round_trip: float) -> Report
             peers=[peer.name for peer in found],
             workloads=list(chosen.workloads),
             environment=program.host(),
-            sizes=dataclasses.asdict(SIZES),
-            procedure=PROCEDURE,
+            sizes=dataclasses.asdict(chosen.sizes),
+            procedure=PROCEDURE
+            if chosen.rate is None
+            else f"{PROCEDURE}; a line of {chosen.rate} each way for each peer",
             unavailable={},
             complete=not bad and not late,
             samples=samples,
@@ -133,7 +170,7 @@ def measure_all(chosen: argparse.Namespace, work: Path) -> Attached:
     instances.require("git", "setpriv", "unshare")
     if obstacles := [reason for name in chosen.names if (reason := peers.obstacle(name))]:
         raise PeerFailed(obstacles[0])
-    trees.make(work / "share", chosen.names, SIZES)
+    trees.make(work / "share", chosen.names, chosen.sizes)
     lines = []
     for round_trip in chosen.lines:
         say(f"a round trip of {round_trip * 1000:g} ms")

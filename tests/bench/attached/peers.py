@@ -2,7 +2,9 @@
 
 sshfs     in reverse: ``ssh machine sshfs -o passive``, and sftp-server here answers it over that connection (``sshfs`` as
           in ``tests.bench.files.peers``)
+sshfs-C   the same with ssh's compression
 agentctl  the files agent there and the file server here, over a unix socket that ``ssh -L`` carries; no shared memory
+unpacked  the same, and nothing is packed
 
 "There" is this kernel, in the namespaces of ``tests.bench.files.local``, and so is the sshd.
 """
@@ -36,7 +38,11 @@ from tests.files.service import FilesAgent
 from tests.free_ports import free_port
 
 SSHFS: Final = "sshfs"
+SSHFS_C: Final = "sshfs-C"
+UNPACKED: Final = "unpacked"
 PEERS: Final = (OURS, SSHFS)
+PACKING_PEERS: Final = (OURS, UNPACKED, SSHFS, SSHFS_C)
+"""Where a line has a rate."""
 
 START_TIMEOUT: Final = 60.0
 
@@ -50,7 +56,7 @@ def obstacle(name: str) -> str:
         return "no ssh or no sshd (openssh-client, openssh-server)"
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         return "/dev/fuse cannot be opened"
-    if name == SSHFS and (find_sftp_server() is None or shutil.which("sshfs") is None):
+    if name in (SSHFS, SSHFS_C) and (find_sftp_server() is None or shutil.which("sshfs") is None):
         return "no sshfs or no sftp-server (sshfs, openssh-sftp-server)"
     return ""
 
@@ -58,8 +64,10 @@ def obstacle(name: str) -> str:
 class Machine:
     """An sshd, and the line to it. ``stack`` ends both."""
 
-    def __init__(self, stack: contextlib.ExitStack, work: Path, round_trip: float) -> None:
-        """``round_trip``: seconds that the line adds to one."""
+    def __init__(
+        self, stack: contextlib.ExitStack, work: Path, round_trip: float, rate: float | None = None
+    ) -> None:
+        """``round_trip``: seconds that the line adds to one; ``rate``: bytes a second that it carries, None for any."""
         self.work = work
         if os.geteuid() == 0:  # whose sshd wants it (PRIVSEP_DIR); another user's does not
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
@@ -72,16 +80,18 @@ class Machine:
         assert program is not None
         self._start(stack, [program, "-D", "-e", "-f", str(configuration)])
         _wait_until_listening(listen)
-        self.port = stack.enter_context(DelayLine(f"127.0.0.1:{listen}", round_trip / 2)).port
+        self.port = stack.enter_context(DelayLine(f"127.0.0.1:{listen}", round_trip / 2, rate)).port
 
     def _start(self, stack: contextlib.ExitStack, command: list[str]) -> None:
         with (self.work / "machine.log").open("ab") as log:
             process = processes.spawn(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         stack.callback(processes.end, process)
 
-    def run(self, script: str) -> list[str]:
+    def run(self, script: str, *options: str) -> list[str]:
         """A command that has a shell there run ``script``."""
-        return [*ssh.options(self.key, self.port), f"{getpass.getuser()}@127.0.0.1", "--", script]
+        known = ssh.options(self.key, self.port)
+        # Of an option ssh takes what it is told first.
+        return [known[0], *options, *known[1:], f"{getpass.getuser()}@127.0.0.1", "--", script]
 
     def forward(self, listen: Path, target: Path) -> list[str]:
         """A command that carries the unix socket ``listen`` to ``target`` there, until its stdin ends.
@@ -99,24 +109,26 @@ class Machine:
 
 
 class FarSshfs(LocalMount):
-    def __init__(self, stack: contextlib.ExitStack, machine: Machine) -> None:
-        super().__init__(stack, machine.work, SSHFS)
+    def __init__(self, stack: contextlib.ExitStack, machine: Machine, name: str = SSHFS) -> None:
+        super().__init__(stack, machine.work, name)
         self._machine = machine
+        self._options = ["-o", "Compression=yes"] if name == SSHFS_C else []
 
     def _start(self, stack: contextlib.ExitStack) -> None:
         server = find_sftp_server()
         assert server is not None
         share, point = (shlex.quote(str(path)) for path in (self._work / "share", self.point))
-        command = self._machine.run(f"exec sshfs -f :{share} {point} -o passive,allow_other")
+        command = self._machine.run(f"exec sshfs -f :{share} {point} -o passive,allow_other", *self._options)
         stack.enter_context(joined(command, [server], self._work / "sshfs.log"))
 
 
 class FarAgentctl(LocalMount):
     """As ``local.LocalAgentctl``: a fresh mount is a new files agent's."""
 
-    def __init__(self, stack: contextlib.ExitStack, machine: Machine) -> None:
+    def __init__(self, stack: contextlib.ExitStack, machine: Machine, name: str = OURS) -> None:
         self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agentctl-bench-")))
-        super().__init__(stack, machine.work, OURS)
+        super().__init__(stack, machine.work, name)
+        self._packed = name == OURS
         loop = stack.enter_context(TrioThread())
         near, self._far = self._directory / "near.sock", self._directory / "far.sock"
         with (machine.work / "ssh.log").open("ab") as log:
@@ -124,7 +136,7 @@ class FarAgentctl(LocalMount):
                 machine.forward(near, self._far), stdin=subprocess.PIPE, stdout=log, stderr=log
             )
         stack.callback(processes.end, carrier)
-        self._server = FileServer(loop, self._directory, near, [])
+        self._server = FileServer(loop, self._directory, near, [], packed=self._packed)
         stack.callback(self._server.kill)
         point = str(self.point)
         self._server.start([SharedFolder(zlib.crc32(point.encode()), str(self._work / "share"), point)])
@@ -136,7 +148,9 @@ class FarAgentctl(LocalMount):
     def _start(self, stack: contextlib.ExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory)))
         self._far.unlink(missing_ok=True)
-        agent = FilesAgent(Here(), directory, self._far, None, listening=True, attached=True)
+        agent = FilesAgent(
+            Here(), directory, self._far, None, listening=True, attached=True, packed=self._packed
+        )
         stack.enter_context(agent)
         stack.callback(agent.kill, signal.SIGTERM)
         agent.start(ready=None)
@@ -148,7 +162,10 @@ class FarAgentctl(LocalMount):
 
 def offered(stack: contextlib.ExitStack, machine: Machine, names: list[str]) -> list[Peer]:
     """The peers ``names``, of which this host has what they need. ``stack`` ends them."""
-    return [FarSshfs(stack, machine) if name == SSHFS else FarAgentctl(stack, machine) for name in names]
+    return [
+        FarSshfs(stack, machine, name) if name in (SSHFS, SSHFS_C) else FarAgentctl(stack, machine, name)
+        for name in names
+    ]
 
 
 def _wait_until_listening(port: int) -> None:

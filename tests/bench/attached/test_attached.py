@@ -7,6 +7,7 @@ import pytest
 from tests.bench.attached import report
 from tests.bench.attached.report import Attached, Line
 from tests.bench.files.report import Report, Sample, complete
+from tests.bench.files.workloads import WORKLOADS
 
 # Importing a module of this name by statement would be taken for the program itself.
 bench = importlib.import_module("tests.bench.attached.__main__")
@@ -19,6 +20,15 @@ def test_by_default_three_lines_are_compared() -> None:
     assert chosen.workloads == bench.WORKLOADS
 
 
+def test_a_line_with_a_rate_is_for_what_it_is_slow_for() -> None:
+    chosen = bench.parse(["--rate", "2MB/s"])
+    assert chosen.bytes_a_second == 2e6
+    assert chosen.names == ["agentctl", "unpacked", "sshfs", "sshfs-C"]
+    assert chosen.workloads == bench.PACKING_WORKLOADS
+    assert set(chosen.workloads) <= set(WORKLOADS)
+    assert bench.parse_rate("1.5kB") == 1500
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -26,6 +36,8 @@ def test_by_default_three_lines_are_compared() -> None:
         ["--round-trips", "-1"],
         ["--peers", "nfs"],
         ["--rounds", "0"],
+        ["--rate", "0MB/s"],
+        ["--rate", "2"],
         ["--only", "nothing", "--edits", "0"],
     ],
 )

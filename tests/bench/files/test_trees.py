@@ -11,7 +11,7 @@ import pytest
 from tests.bench.files import trees
 from tests.bench.files.trees import Sizes
 
-TINY = Sizes(source=30, modules=30, many=30, repository=30, big=3000, written=3000, unpacked=5)
+TINY = Sizes(source=30, modules=30, many=30, repository=30, big=3000, text=3000, written=3000, unpacked=5)
 
 
 def digest(directory: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tests.bench.files.trees import Sizes
 from tests.bench.files.workloads import GROUPS, WORKLOADS, Request, Server, Workload
 
 TINY = Sizes(
-    source=30, modules=30, many=30, repository=30, big=300_000, written=2 << 20,
+    source=30, modules=30, many=30, repository=30, big=300_000, text=200_000, written=2 << 20,
     unpacked=30, stats=70, appends=5, opens=5,
 )  # fmt: skip
 
@@ -25,6 +25,7 @@ COUNTS = {
     "open+close": 5,
     "import warm": 33,
     "cat cold": 300_000,
+    "cat text cold": 200_000,
     "cat warm": 300_000,
     "find cold": 33,
     "find warm": 33,

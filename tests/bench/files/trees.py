@@ -8,6 +8,7 @@ fixed time. Whatever two peers are asked to read, both have the same of.
     DIRECTORY/common/modules     Python modules that one of them imports  (import)
     DIRECTORY/common/many        small files in many folders              (find, ls, stat)
     DIRECTORY/common/big         one file of random bytes                 (cat)
+    DIRECTORY/common/text        one file of the sources' words           (cat)
     DIRECTORY/PEER/repository    a git repository, committed              (git; its index is written, so one each)
 """
 
@@ -45,13 +46,14 @@ _GIT_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything. Counts are files, operations or modules; ``big`` and ``written`` are bytes."""
+    """How much of everything. Counts are files, operations or modules; ``big``, ``text`` and ``written`` are bytes."""
 
     source: int = 800
     modules: int = 500
     many: int = 5000
     repository: int = 5000
     big: int = 64 * MIB
+    text: int = 32 * MIB
     written: int = 64 * MIB
     unpacked: int = 2000
     stats: int = 10_000
@@ -67,7 +69,7 @@ FULL = Sizes()
 #: In emulation a message takes milliseconds instead of 30 us, and sshfs needs six to make a file: with the full
 #: sizes five rounds would take hours, with these ten minutes. All of it is linear, so ratios stay.
 EMULATED = Sizes(
-    source=100, modules=30, many=250, repository=100, big=32 * MIB, written=32 * MIB,
+    source=100, modules=30, many=250, repository=100, big=32 * MIB, text=8 * MIB, written=32 * MIB,
     unpacked=100, stats=250, appends=200, opens=100,
 )  # fmt: skip
 
@@ -80,6 +82,7 @@ def make(directory: Path, peers: Sequence[str], sizes: Sizes) -> None:
     _make_modules(common / "modules", sizes.modules)
     _make_many(common / "many", sizes.many)
     _make_big(common / "big", sizes.big)
+    _make_text(common / "text", sizes.text)
     template = directory / "repository"
     _make_repository(template, sizes.repository)
     for peer in peers:
@@ -90,11 +93,7 @@ def make(directory: Path, peers: Sequence[str], sizes: Sizes) -> None:
 
 def _make_source(directory: Path, count: int) -> None:
     generator = random.Random("source")
-    words = [
-        "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=n))
-        for n in range(2, 10)
-        for _ in range(200)
-    ]
+    words = _words(generator)
     for index in range(count):
         size = min(int(generator.lognormvariate(0, 1) * SOURCE_MEDIAN), 20 * SOURCE_MEDIAN)
         lines, length = [], 0
@@ -125,6 +124,24 @@ def _make_big(path: Path, size: int) -> None:
     with path.open("wb") as file:
         for start in range(0, size, MIB):
             file.write(generator.randbytes(min(MIB, size - start)))
+
+
+def _make_text(path: Path, size: int) -> None:
+    generator = random.Random("text")
+    words = _words(generator)
+    with path.open("wb") as file:
+        left = size
+        while left:
+            line = (" ".join(generator.choices(words, k=8)) + "\n").encode()
+            left -= file.write(line[:left])
+
+
+def _words(generator: random.Random) -> list[str]:
+    return [
+        "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=n))
+        for n in range(2, 10)
+        for _ in range(200)
+    ]
 
 
 def _make_repository(directory: Path, count: int) -> None:

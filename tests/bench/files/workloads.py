@@ -106,9 +106,17 @@ def _import(place: Place) -> int:
 
 
 def _cat(place: Place) -> int:
+    return _read(place.common / "big")
+
+
+def _cat_text(place: Place) -> int:
+    return _read(place.common / "text")
+
+
+def _read(path: Path) -> int:
     """What cat(1) does, 128 KiB at a time, but counted."""
     buffer = bytearray(CAT_CHUNK)
-    descriptor = os.open(place.common / "big", os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         count = 0
         while size := os.readv(descriptor, [buffer]):
@@ -232,6 +240,7 @@ GROUPS: tuple[tuple[Workload, ...], ...] = (
     ),
     (Workload("import warm", _import, warm=True),),
     (Workload("cat cold", _cat, cold=True), Workload("cat warm", _cat, warm=True)),
+    (Workload("cat text cold", _cat_text, cold=True),),
     (
         Workload("find cold", _find, cold=True, program="find"),
         Workload("find warm", _find, warm=True),
