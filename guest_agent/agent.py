@@ -71,6 +71,10 @@ def make_hello(*, vm: bool = True) -> Hello:
     """Who we are. ``configure`` is only a capability of root's, in a VM."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     capabilities = ["dial", "exec", "ports", *(["configure"] if vm and os.geteuid() == 0 else [])]
+    if not vm:
+        from protocol import packedfile  # which a VM does not wait for
+
+        capabilities += ["packed-copies"] if packedfile.is_there() else []
     return Hello(digest=digest(), boot_id=boot_id, capabilities=capabilities, name="guest")
 
 

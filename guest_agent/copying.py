@@ -50,12 +50,20 @@ def _end(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def _send(paths: list[str], problems: _Problems, *, asking: bool = False, total: bool = False) -> None:
+def _send(
+    paths: list[str], problems: _Problems, *, asking: bool = False, total: bool = False, packed: bool = False
+) -> None:
     named = [os.path.expanduser(path) for path in paths]
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(open(sys.stdin.fileno(), "rb", closefd=False)) if asking else None
         survey = stack.enter_context(Survey(named)) if total else None
-        stream = stack.enter_context(open(sys.stdout.fileno(), "wb", MAX_PIECE, closefd=False))
+        out = sys.stdout.fileno()
+        if packed:
+            from protocol import packedfile
+
+            stream = stack.enter_context(packedfile.writer(out, closefd=False))
+        else:
+            stream = stack.enter_context(open(out, "wb", MAX_PIECE, closefd=False))
         sender = Sender(stream, problems.tell, answers=answers, survey=survey)
         try:
             for path in named:
@@ -65,10 +73,18 @@ def _send(paths: list[str], problems: _Problems, *, asking: bool = False, total:
         sender.finish()
 
 
-def _receive(destination: str, problems: _Problems, *, single: bool, answering: bool = False) -> None:
+def _receive(
+    destination: str, problems: _Problems, *, single: bool, answering: bool = False, packed: bool = False
+) -> None:
     with contextlib.ExitStack() as stack:
         answers = stack.enter_context(open(sys.stdout.fileno(), "wb", closefd=False)) if answering else None
-        stream = stack.enter_context(open(sys.stdin.fileno(), "rb", MAX_PIECE, closefd=False))
+        into = sys.stdin.fileno()
+        if packed:
+            from protocol import packedfile
+
+            stream = stack.enter_context(packedfile.reader(into, closefd=False))
+        else:
+            stream = stack.enter_context(open(into, "rb", MAX_PIECE, closefd=False))
         place = os.path.expanduser(destination)
         Receiver(stream, place, problems.tell, single=single, answers=answers).run()
 
@@ -77,22 +93,25 @@ def main(arguments: list[str]) -> int:
     for number in _ENDING:
         signal.signal(number, _end)
     problems = _Problems()
+    packed = arguments[:1] in (["offer"], ["take"]) and arguments[1:2] == ["--packed"]
+    if packed:
+        del arguments[1]
     try:
         match arguments:
             case ["send", *paths]:
                 _send(paths, problems)
             case ["offer", "--total", "--", *paths]:
-                _send(paths, problems, asking=True, total=True)
+                _send(paths, problems, asking=True, total=True, packed=packed)
             case ["offer", "--", *paths]:
-                _send(paths, problems, asking=True)
+                _send(paths, problems, asking=True, packed=packed)
             case ["receive", "--single", destination]:
                 _receive(destination, problems, single=True)
             case ["receive", destination]:
                 _receive(destination, problems, single=False)
             case ["take", "--single", "--", destination]:
-                _receive(destination, problems, single=True, answering=True)
+                _receive(destination, problems, single=True, answering=True, packed=packed)
             case ["take", "--", destination]:
-                _receive(destination, problems, single=False, answering=True)
+                _receive(destination, problems, single=False, answering=True, packed=packed)
             case _:
                 problems.tell(MODULE, f"unknown words {arguments}")
     except BrokenPipeError:

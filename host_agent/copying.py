@@ -20,7 +20,7 @@ from host_agent.errors import ExitCode, UserError
 from host_agent.groups import collapsed
 from host_agent.paths import InstancePaths
 from host_agent.remote import record
-from protocol import build, execio
+from protocol import build, execio, packedfile
 from protocol.api import Exec, GetStatus
 from protocol.errors import DecodeError, ErrorCode, OpenRefused
 from protocol.link import Link, MuxStream
@@ -37,7 +37,8 @@ _PROGRAM: Final = ("/usr/bin/python3", "-S", "-P", "-m", "guest_agent.copying")
 
 @dataclass(frozen=True, slots=True)
 class FarEnd:
-    """What is started over there. ``resumes``: it knows of files that are there already.
+    """What is started over there. ``resumes``: it knows of files that are there already. ``packs``: what is copied is
+    packed on its way.
 
     ``prefix`` is what its paths begin with as they are shown, ``name`` what it is called in a sentence.
     """
@@ -45,19 +46,24 @@ class FarEnd:
     program: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     resumes: bool = True
+    packs: bool = False
     prefix: str = "guest:"
     name: str = "the guest"
 
     def to_send(self, sources: Sequence[str], *, total: bool) -> list[str]:
         if not self.resumes:
             return [*self.program, "send", *sources]
-        return [*self.program, "offer", *(["--total"] if total else []), "--", *sources]
+        return [*self.program, "offer", *self._packed, *(["--total"] if total else []), "--", *sources]
 
     def to_receive(self, destination: str, *, single: bool) -> list[str]:
         options = ["--single"] if single else []
         if not self.resumes:
             return [*self.program, "receive", *options, destination]
-        return [*self.program, "take", *options, "--", destination]
+        return [*self.program, "take", *self._packed, *options, "--", destination]
+
+    @property
+    def _packed(self) -> list[str]:
+        return ["--packed"] if self.packs else []
 
 
 def far_end(paths: InstancePaths, prefix: str) -> FarEnd:
@@ -75,7 +81,10 @@ async def as_it_runs(link: Link, end: FarEnd) -> FarEnd:
         "",
         build.digest(),
     )  # one that is not there just now is most likely the same
-    return end if known else replace(end, resumes=False)
+    if not known:
+        return replace(end, resumes=False)
+    far = status.attached is not None and status.attached.packs
+    return replace(end, packs=far and packedfile.is_there())
 
 
 class CutOff(UserError):
@@ -141,7 +150,10 @@ async def into_guest(
         def send() -> None:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(contextlib.suppress(BrokenPipeError, Cut))  # who ends it says why
-                file = stack.enter_context(open(records, "wb", MAX_PIECE))
+                if end.packs:
+                    file = stack.enter_context(packedfile.writer(records))
+                else:
+                    file = stack.enter_context(open(records, "wb", MAX_PIECE))
                 asked = stack.enter_context(open(answers, "rb"))
                 survey = stack.enter_context(Survey(sources)) if copy.watched else None
                 sender = Sender(
@@ -180,7 +192,10 @@ async def out_of_guest(
             nonlocal cut
             single = len(sources) == 1
             try:
-                with open(records, "rb", MAX_PIECE) as file, open(answers, "wb", 0) as asked:
+                with (
+                    packedfile.reader(records) if end.packs else open(records, "rb", MAX_PIECE) as file,
+                    open(answers, "wb", 0) as asked,
+                ):
                     Receiver(
                         file,
                         destination,

@@ -487,7 +487,7 @@ class Attachment:
     since the epoch; ``reason`` and ``hint`` say why it is not connected, and ``attempts`` counts how often that was
     tried since it was. ``python`` runs the agent there. ``mounting`` is how folders come to be there: "root",
     "fusermount3", or "" if they cannot; ``ports`` how it is learnt what listens. ``keep``: what runs there goes on when
-    nobody is attached.
+    nobody is attached. ``packs``: copies may be packed on their way.
     """
 
     address: str
@@ -501,6 +501,7 @@ class Attachment:
     mounting: str = ""
     ports: str = ""
     keep: bool = False
+    packs: bool = False
 
 
 class Transport(StrEnum):

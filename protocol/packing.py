@@ -18,13 +18,15 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from protocol import resync
 from protocol.compression import MAX_BLOCK, MOST_PACKED, Compressor, Decompressor, codecs
 from protocol.errors import RemoteProtocolError
-from protocol.frames import Buffer
 from protocol.worth import ACKNOWLEDGED, Worth
+
+if TYPE_CHECKING:  # a copy's process has no msgpack
+    from protocol.frames import Buffer
 
 MAGIC: Final = b"\xf6agctl\r\n"
 """As a preamble's, and not the same in the first byte."""
@@ -67,6 +69,13 @@ class Packing:
         self._buffer = bytearray()
         self._filled = 0
         self._came = 0
+
+    @classmethod
+    def one_way(cls, codec: str) -> Packing:
+        """For bytes that go one way only, and whose two sides know the codec."""
+        packing = cls([codec])
+        packing._agree([codec])
+        return packing
 
     @property
     def is_plain(self) -> bool:

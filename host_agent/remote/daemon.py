@@ -301,6 +301,8 @@ class AttachedAgent(InstanceAgent):
                 mounting=can.mounts.how if can and can.mounts.ok else "",
                 ports=can.ports if can else "",
                 keep=self._record.keep,
+                packs=self._guest.current is not None
+                and "packed-copies" in self._guest.current.peer.capabilities,
             ),
         )
 

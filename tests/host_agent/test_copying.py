@@ -16,6 +16,7 @@ import trio.testing
 from guest_agent import execute
 from host_agent.copying import Copy, CutOff, FarEnd, into_guest, out_of_guest
 from host_agent.errors import ExitCode, UserError
+from protocol import packedfile
 from protocol.errors import LinkClosed
 from protocol.link import Hello, Link, Role, Service
 
@@ -79,6 +80,11 @@ def source(tmp_path: Path) -> Path:
     return root
 
 
+def need_codec(packs: bool) -> None:
+    if packs and not packedfile.is_there():
+        pytest.skip("no libzstd")
+
+
 def check(copy: Path, source: Path) -> None:
     assert (copy / "big").read_bytes() == (source / "big").read_bytes()
     assert {path.name: path.read_text() for path in (copy / "folder").iterdir()} == {
@@ -89,7 +95,10 @@ def check(copy: Path, source: Path) -> None:
     assert (copy / "folder" / "7").stat().st_mtime_ns == 2_000_000_003
 
 
-async def test_there_and_back_again(copies: Copies, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+async def test_there_and_back_again(copies: Copies, source: Path, tmp_path: Path, packs: bool) -> None:
+    need_codec(packs)
+    copies.end = replace(copies.end, packs=packs)
     done = await copies.into(tmp_path / "in the VM", source)
     check(tmp_path / "in the VM", source)
     assert (done.gauge.size, done.problems) == (3_000_000 + 140, 0)
@@ -98,6 +107,20 @@ async def test_there_and_back_again(copies: Copies, source: Path, tmp_path: Path
     back = await copies.out(tmp_path / "there", tmp_path / "in the VM" / "big", f"{tmp_path}/in the VM/.")
     check(tmp_path / "there", source)
     assert (back.problems, copies.told) == (0, [])
+
+
+async def test_packed_text_is_less_on_its_way(copies: Copies, tmp_path: Path) -> None:
+    need_codec(True)
+    text = tmp_path / "text"
+    text.write_bytes(b"".join(b"%d: the same again and again\n" % number for number in range(100_000)))
+    size = text.stat().st_size
+    copies.end = replace(copies.end, packs=True)
+    await copies.into(tmp_path / "there", text)
+    assert copies.link.traffic.sent < size / 3
+    await copies.out(tmp_path / "back", tmp_path / "there")
+    assert copies.link.traffic.received < size / 3
+    assert (tmp_path / "back").read_bytes() == text.read_bytes()
+    assert copies.told == []
 
 
 async def test_a_path_of_the_guest_begins_at_its_home(copies: Copies, source: Path, tmp_path: Path) -> None:
@@ -192,10 +215,13 @@ async def goes_on(copies: Copies, there: Path, large: Path, move: Move) -> None:
     check_large(there, large)
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("move", [into_guest, out_of_guest])
 async def test_a_copy_that_is_interrupted_is_gone_on_with(
-    copies: Copies, tmp_path: Path, large: Path, move: Move
+    copies: Copies, tmp_path: Path, large: Path, move: Move, packs: bool
 ) -> None:
+    need_codec(packs)
+    copies.end = replace(copies.end, packs=packs)
     there = tmp_path / "there"
     there.mkdir()
     async with trio.open_nursery() as nursery:
