@@ -180,6 +180,53 @@ os.unlink({here.name!r} + "/made/3")
     free_in_the_end(plane, sight, here.name)
 
 
+def test_what_was_written_beside_a_file_and_renamed_over_it(plane: Plane, sight: Sight, here: Path) -> None:
+    """As git writes its index: to read it back and to look for the lock file again costs nothing, and what a program
+    of the host writes to its end afterwards is seen all the same."""
+    file, lock = f"{here.name}/file", f"{here.name}/file.lock"
+    write = f"""
+with open({lock!r}, "xb") as new:
+    new.write(b"x" * 5000)
+    new.write(b"end")
+os.rename({lock!r}, {file!r})
+"""
+    look = f"[open({file!r}).read()[4999:], os.stat({file!r}).st_nlink, os.path.lexists({lock!r})]"
+    costs = []
+    for _ in range(20):
+        sight.run(write)
+        calls = plane.calls()
+        assert sight.value(look) == ["xend", 1, False]
+        costs.append(plane.calls() - calls)
+    assert sum(costs) < 1.5 * len(costs), costs  # of the directories above it may ask now and then
+    overwrite = "import os, sys; os.pwrite(os.open(sys.argv[1], os.O_WRONLY), b'END', 5000)"
+    for _ in range(5):
+        sight.run(write)
+        host_program(overwrite, here / "file")
+        eventually("it is seen", lambda: sight.value(look) == ["xEND", 1, False], LIMIT)
+    sight.run(write)
+    host_program("import sys; open(sys.argv[1], 'x')", here / "file.lock")
+    eventually("the lock is seen", lambda: sight.value(look) == ["xend", 1, True], LIMIT)
+
+
+def test_a_file_that_loses_a_name_is_known_by_the_other(plane: Plane, sight: Sight, here: Path) -> None:
+    """Its attributes are kept after it was read, and the host says whose name it was."""
+    name = here.name
+    look = f"[open({name!r} + '/kept').read(), os.stat({name!r} + '/kept').st_nlink]"
+    for number in range(10):
+        (here / "kept").write_text(f"{number}")
+        os.link(here / "kept", here / "other")
+        (here / "third").write_text("third")
+        eventually("both are seen", lambda number=number: sight.value(look) == [f"{number}", 2], LIMIT)  # type: ignore[misc]
+        if number % 2:
+            sight.value(f"os.stat({name!r} + '/other').st_size")
+        if number % 3:
+            sight.run(f"os.unlink({name!r} + '/other')")
+        else:
+            sight.run(f"os.rename({name!r} + '/third', {name!r} + '/other')")
+        assert sight.value(look) == [f"{number}", 1]
+        sight.run(f"[os.unlink({name!r} + '/' + each) for each in os.listdir({name!r})]")
+
+
 @pytest.mark.parametrize("replaces", [False, True], ids=["in place", "as editors do"])
 def test_an_edit_on_the_host_is_there_before_anybody_asks(
     plane: Plane, sight: Sight, here: Path, replaces: bool
