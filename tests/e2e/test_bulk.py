@@ -177,10 +177,12 @@ def copied_in_a_container(vm: Instance, image: str, project: Path, size: int) ->
 
 
 def echoed(port: int, content: bytes) -> bytes:
-    """What comes back of ``content``; raises ``OSError`` if the connection is reset."""
+    """What comes back of ``content``; raises ``OSError`` if the connection is reset, or ends before there is a word."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         stream = connection.makefile("rb")
-        assert stream.readline() == b"it\n"
+        if not (greeted := stream.readline()):
+            raise ConnectionResetError("nobody has answered")
+        assert greeted == b"it\n"
 
         def send() -> None:
             with suppress(OSError):
