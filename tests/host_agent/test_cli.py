@@ -342,6 +342,7 @@ def test_the_status_of_a_stopped_instance_is_json_that_scripts_can_rely_on(insta
         "runtime": "docker",
         "containerd_socket": "",
         "attached": None,
+        "control": None,
     }
     assert agentctl("status", "--json").stdout == done.stdout
 
