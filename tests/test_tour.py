@@ -36,6 +36,7 @@ def test_two_tours_are_one_too_many(tmp_path: Path) -> None:
             "unix:///home/dev/.agentctl/instances/default/docker.sock",
             "unix:///x/y/instances/default/docker.sock",
         ),
+        ("INSTANCE/docker.sock", "unix:///home/dev/tests/home/instances/default/docker.sock"),
         ("using tcg: kvm does not work here", ""),
     ],
 )

@@ -10,8 +10,8 @@ _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 #: What depends on the machine and the moment, and how it is written instead; in this order.
 _VARIABLE = (
-    (re.compile(r"/home/[a-z][-a-z0-9_.]*|/root"), "HOME"),
     (re.compile(r"\S*/instances/default/"), "INSTANCE/"),
+    (re.compile(r"/home/[a-z][-a-z0-9_.]*|/root"), "HOME"),
     (re.compile(r"\b[0-9a-f]{12,}\b"), "ID"),
     (re.compile(r"\b(Less than a|About an?|\d+) (second|minute|hour)s?\b"), "A WHILE"),
     (re.compile(r"\b\d+ (s|min|h|d)\b( \d+ (s|min|h)\b)*"), "A WHILE"),
