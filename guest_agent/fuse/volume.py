@@ -396,7 +396,7 @@ class Volume:
         self.renewals.void()
         if self.is_alone:
             self._know_renamed(old, outcome)
-        if not self.is_alone:
+        else:
             parents, names = [old[0], new[0]], [old[1], new[1]]
             self._tell_others(Changed(self.share, parents, names, directories=parents, above=[0, 0]))
 

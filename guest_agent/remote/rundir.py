@@ -102,12 +102,15 @@ class RunDir:
             raise RunDirError(f"{self.path} cannot be made: {error.strerror}") from error
 
     def _made(self) -> os.stat_result:
-        for _ in range(REMOVALS):
-            with suppress(FileNotFoundError, FileExistsError):  # it, or its parent, is just removed
+        removals = 0
+        while True:
+            try:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 return self.path.lstat()
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return self.path.lstat()
+            except (FileNotFoundError, FileExistsError):  # it, or its parent, is just removed
+                if removals == REMOVALS:
+                    raise
+                removals += 1
 
     def remove(self) -> None:
         """With all that is in it. Locks last: as long as there is one, who holds it is found."""
