@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import trio
 
+from guest_agent import dockerd
 from guest_agent.accounts import write_atomically
 from protocol.api import DockerSettingsUsed, Effect, UseDockerSettings
 from protocol.errors import ErrorCode, RpcError
@@ -35,7 +37,9 @@ UNIT = "docker.service"
 
 VALIDATION_TIME = 60.0
 RESTART_TIME = 180.0
-"""Seconds. Docker may take 90 s to stop its containers (its unit's TimeoutStopSec), and an emulated one 10 to start."""
+RELOAD_TIME = 30.0
+"""Seconds. Docker may take 90 s to stop its containers (its unit's TimeoutStopSec), and an emulated one 10 to start, or
+some tenths to read its file again."""
 
 MAX_SETTINGS = 64 * 1024
 """Bytes of JSON."""
@@ -79,16 +83,33 @@ class _Refused(Exception):
         self.details = details
 
 
+class _NotYet(Exception):
+    """Settings are in place, and dockerd has not taken them up: why."""
+
+
+def reloaded(since: float) -> bool:
+    """Whether dockerd has read its file again after ``since``, as it says within ``RELOAD_TIME``."""
+    return dockerd.hear(dockerd.SOCKET, "daemon", "reload", since, RELOAD_TIME)
+
+
 class DockerSettings:
     """Answers ``UseDockerSettings``. ``on_readable`` is called when what Docker reads as it starts has been written."""
 
     def __init__(
-        self, on_readable: Callable[[], None], root: Path = Path("/"), *, run: Run = run_program
+        self,
+        on_readable: Callable[[], None],
+        root: Path = Path("/"),
+        *,
+        run: Run = run_program,
+        hear: Callable[[float], bool] = reloaded,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._on_readable = on_readable
         self._file = root / DAEMON_FILE
         self._scratch = root / SCRATCH
         self._run = run
+        self._hear = hear
+        self._clock = clock
         self._lock = trio.Lock()
 
     def register(self, service: Service) -> None:
@@ -118,6 +139,9 @@ class DockerSettings:
             return DockerSettingsUsed(Effect.NONE, problem, details)
         try:
             effect = self._replace(merged(image, settings), settings)
+        except _NotYet as late:
+            self._remember(settings)
+            return DockerSettingsUsed(Effect.NONE, "Docker has not taken up its settings yet", str(late))
         except _Refused as refused:
             # Not tried again in each session: it would restart Docker each time.
             self._remember(settings, refused.problem, refused.details)
@@ -153,7 +177,7 @@ class DockerSettings:
         if not self._runs():
             return Effect.NONE
         if changed(json.loads(before), wanted) <= RELOADABLE:
-            self._systemctl("reload")
+            self._reload()
             return Effect.RELOADED
         if failure := self._systemctl("restart"):
             write_atomically(self._file, before)
@@ -161,6 +185,14 @@ class DockerSettings:
             self._systemctl("restart")
             raise _Refused("Docker does not start with these settings, and has those of before", failure)
         return Effect.RESTARTED
+
+    def _reload(self) -> None:
+        """Raises ``_NotYet``: systemd only sends a signal, dockerd says when it has heeded it."""
+        since = self._clock()
+        if failure := self._systemctl("reload"):
+            raise _NotYet(failure)
+        if not self._hear(since):
+            raise _NotYet(f"it has not said so within {RELOAD_TIME:.0f} s")
 
     def _validate(self, wanted: Mapping[str, Any]) -> None:
         candidate = self._scratch / "candidate.json"

@@ -27,11 +27,10 @@ from typing import Any
 
 import trio
 
+from guest_agent import dockerd
 from guest_agent.cgroups import find_hierarchy
 from protocol.api import GetOwners, Owner, Owners, Proto
 from protocol.link import Service
-
-DOCKER = Path("/run/docker.sock")
 
 DOCKERD = "dockerd"
 """Its process's name, which everybody may read: it runs, and asking it starts nothing."""
@@ -95,7 +94,7 @@ class Container:
 
 def find(
     proc: Path = Path("/proc"),
-    docker: Path = DOCKER,
+    docker: Path = dockerd.SOCKET,
     cgroups: Path | None = None,
     *,
     root: bool | None = None,
@@ -248,27 +247,10 @@ class _Containers:
 def running_containers(docker: Path) -> dict[str, Container]:
     """Those that run, by their ids; none where dockerd does not answer."""
     try:
-        listed = json.loads(_ask(docker))
+        listed = json.loads(dockerd.ask(docker, "/containers/json", DOCKER_PATIENCE, MAX_ANSWER))
         return {each["Id"]: _container(each) for each in listed}
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return {}
-
-
-def _ask(docker: Path) -> bytes:
-    """The list of containers (Docker Engine API, ContainerList). HTTP/1.0: the answer is not in chunks."""
-    answer = bytearray()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(DOCKER_PATIENCE)
-        connection.connect(os.fspath(docker))
-        connection.sendall(b"GET /containers/json HTTP/1.0\r\nHost: docker\r\n\r\n")
-        while data := connection.recv(65536):
-            answer += data
-            if len(answer) > MAX_ANSWER:
-                raise ValueError("dockerd says too much")
-    head, _, body = bytes(answer).partition(b"\r\n\r\n")
-    if b" 200 " not in head.split(b"\r\n")[0]:
-        raise ValueError("dockerd refused")
-    return body
 
 
 def _container(listed: Mapping[str, Any]) -> Container:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import trio
 
+from guest_agent import dockerd
 from guest_agent.cgroups import find_hierarchy
-from guest_agent.owners import DOCKER, running_containers
+from guest_agent.owners import running_containers
 from guest_agent.system import IN_VM, DataPlace, read_meminfo
 from protocol.api import ContainerUsage, GetGuestUsage, GuestUsage
 from protocol.link import Service
@@ -51,7 +52,7 @@ class Look:
         self,
         root: Path = Path("/"),
         cgroups: Path | None = None,
-        docker: Path = DOCKER,
+        docker: Path = dockerd.SOCKET,
         clock: Callable[[], float] = time.monotonic,
         data: DataPlace = IN_VM,
     ) -> None:

@@ -31,11 +31,18 @@ class Guest:
         self.refuses = ""
         self.starts: Callable[[], bool] = lambda: True
         self.slow = ""
+        self.heeds = True
         self.again()
 
     def again(self) -> None:
         """Another agent comes, as after a crash."""
-        self.settings = DockerSettings(lambda: self.readable.append(self.daemon), self.root, run=self._run)
+        self.settings = DockerSettings(
+            lambda: self.readable.append(self.daemon),
+            self.root,
+            run=self._run,
+            hear=self._hear,
+            clock=lambda: 1000.0 + len(self.asked),
+        )
 
     @property
     def daemon(self) -> dict[str, Any]:
@@ -59,6 +66,12 @@ class Guest:
             case "restart" if not self.starts():
                 return subprocess.CompletedProcess(argv, 1, "", "Job for docker.service failed.\n")
         return subprocess.CompletedProcess(argv, 0, "", "")
+
+    def _hear(self, since: float) -> bool:
+        assert (self.asked[-1], since) == ("reload", 1000.0 + len(self.asked) - 1), (
+            "what it says counts from then"
+        )
+        return self.heeds
 
     async def use(self, settings: dict[str, Any]) -> DockerSettingsUsed:
         return await self.settings.use(UseDockerSettings(json.dumps(settings)))
@@ -107,6 +120,19 @@ async def test_a_docker_that_runs_takes_them_up(
     guest.state = state
     assert await guest.use(settings) == DockerSettingsUsed(effect)
     assert guest.asked == asked
+
+
+async def test_they_are_taken_up_when_docker_says_so(guest: Guest) -> None:
+    guest.state, guest.heeds = "active", False
+    late = DockerSettingsUsed(
+        Effect.NONE, "Docker has not taken up its settings yet", "it has not said so within 30 s"
+    )
+    assert await guest.use(MIRROR) == late
+    guest.heeds, guest.slow = True, "reload"
+    assert "180 s" in (await guest.use({"debug": True})).details
+    # They are in place, and the next session has nothing to do.
+    assert guest.daemon == {**IMAGE, "debug": True}
+    assert await guest.use({"debug": True}) == DockerSettingsUsed()
 
 
 async def test_without_settings_the_images_come_back(guest: Guest) -> None:
