@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from host_agent import sizes, state
 from host_agent.agent_contact import not_running
+from host_agent.errors import ExitCode
 from host_agent.paths import Home, InstancePaths
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -30,6 +34,15 @@ class Size(click.ParamType):  # type: ignore[type-arg]
             return sizes.parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+@contextlib.contextmanager
+def until_interrupted() -> Iterator[None]:
+    """For what goes on until Ctrl-C, which is no error: the exit code says so, and nothing else is said."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def current_instance() -> InstancePaths:

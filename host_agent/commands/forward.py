@@ -23,7 +23,7 @@ from protocol.api import (
 
 @click.group("forward")
 def forward() -> None:
-    """Choose what of the VM appears where on this machine, and the other way round."""
+    """Choose what of the VM, or of the attached machine, appears where on this one, and the other way round."""
 
 
 @forward.command("add")

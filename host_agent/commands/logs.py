@@ -7,7 +7,7 @@ from typing import Final
 import click
 
 from host_agent import groups, log_sources
-from host_agent.commands.common import current_instance
+from host_agent.commands.common import current_instance, until_interrupted
 from host_agent.commands.run import Workdir, run_in_guest
 from host_agent.errors import ExitCode, UserError
 from host_agent.remote import record
@@ -34,16 +34,18 @@ NOWHERE: Final = Workdir("", shared=False)
     " journal, which is not shown otherwise.",
 )
 def logs(follow: bool, lines: int, component: str | None) -> None:
-    """Show what the agents, the VM and Docker wrote down, by the time at which they did."""
+    """Show what the agents, the VM or the attached machine, and Docker wrote down, by the time at which they did."""
     from host_agent import all_logs, logfiles, show
 
     paths = current_instance()
     attached = record.load(paths)
     if component is None:
         shown = all_logs.Shown(lines, follow)
-        groups.run(all_logs.show, paths, shown, show.log_lines, show.note)
+        with until_interrupted():
+            groups.run(all_logs.show, paths, shown, show.log_lines, show.note)
     elif component in log_sources.FILES:
-        logfiles.show(log_sources.FILES[component](paths), lines, follow=follow)
+        with until_interrupted():
+            logfiles.show(log_sources.FILES[component](paths), lines, follow=follow)
     elif attached is not None:
         run_in_guest(_over_there(attached, component, lines, follow=follow), "", {}, False, NOWHERE)
     else:

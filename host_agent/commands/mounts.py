@@ -20,7 +20,7 @@ from protocol.api import Mounts as MountTable
 @json_option
 @click.pass_context
 def list_mounts(context: click.Context, as_json: bool) -> None:
-    """Show which folders of this machine the VM sees, and how each is doing."""
+    """Show which folders of this machine the VM or the attached one sees, and how each is doing."""
     context.obj = as_json
     if context.invoked_subcommand is None:
         _show(groups.run(_mounts, current_instance()), as_json)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from host_agent import groups
+from host_agent import groups, kind
 from host_agent.client import RESTART_TIME, all_forwards, connected
-from host_agent.commands.common import current_instance, json_option, require_running
+from host_agent.commands.common import current_instance, json_option, require_running, until_interrupted
 from host_agent.paths import InstancePaths
 from protocol.api import Forward
 
@@ -18,12 +18,13 @@ from protocol.api import Forward
 )
 @json_option
 def ports(everything: bool, watch: bool, as_json: bool) -> None:
-    """Show what listens in the VM, and where it is on localhost."""
+    """Show what listens in the VM, or on the attached machine, and where it is on localhost."""
     from host_agent import port_watch, show
 
     if watch:
         require_running(current_instance())
-        groups.run(port_watch.watch, current_instance(), show.change_json if as_json else show.change)
+        with until_interrupted():
+            groups.run(port_watch.watch, current_instance(), show.change_json if as_json else show.change)
     rows = groups.run(_forwards, current_instance(), True)
     if as_json:
         show.forwards_json(rows)
@@ -34,7 +35,7 @@ def ports(everything: bool, watch: bool, as_json: bool) -> None:
 @click.command("open")
 @click.argument("port", type=click.IntRange(1, 65535))
 def open_port(port: int) -> None:
-    """Open in the browser what listens on PORT, of this machine or of the VM."""
+    """Open in the browser what listens on PORT, of this machine, the VM or the attached one."""
     from host_agent import port_open
 
     address = port_open.url(groups.run(_forwards, current_instance()), port)
@@ -57,9 +58,9 @@ async def _forwards(paths: InstancePaths, owners: bool = False) -> list[Forward]
     help="Port of localhost to listen on.",
 )
 def tunnel(port: int) -> None:
-    """Reach what only the VM reaches, like a container's own address, through a SOCKS5 proxy.
+    """Reach what only the VM or the attached machine reaches, like a container's own address, through a SOCKS5 proxy.
 
-    Serves until it is interrupted. Names are resolved in the VM:
+    Serves until it is interrupted. Names are resolved over there:
     curl --socks5-hostname localhost:1080 http://172.17.0.2
     """
     from host_agent import show
@@ -69,6 +70,6 @@ def tunnel(port: int) -> None:
     require_running(paths)
 
     def ready() -> None:
-        show.err().print(f"SOCKS5 proxy on localhost:{port}, into the VM; Ctrl-C ends it")
+        show.err().print(kind.called(f"SOCKS5 proxy on localhost:{port}, into the VM; Ctrl-C ends it"))
 
     groups.run(tunnels.run, paths, port, ready)

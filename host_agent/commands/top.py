@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from host_agent import groups
-from host_agent.commands.common import current_instance, json_option, require_running
+from host_agent.commands.common import current_instance, json_option, require_running, until_interrupted
 
 if TYPE_CHECKING:
     from host_agent.instance_load import Load
@@ -38,7 +38,8 @@ def top(once: bool, interval: float, as_json: bool) -> None:
     paths = current_instance()
     require_running(paths)
     if as_json and not once:
-        groups.run(looking.follow, paths, interval, _line)
+        with until_interrupted():
+            groups.run(looking.follow, paths, interval, _line)
     elif once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         load = groups.run(looking.once, paths, interval)
         if as_json:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from host_agent import groups
-from host_agent.commands.common import current_instance, require_running
-from host_agent.errors import ExitCode
+from host_agent.commands.common import current_instance, require_running, until_interrupted
 
 
 @click.command()
@@ -30,7 +27,5 @@ def watch(forever: bool) -> None:
     paths = current_instance()
     if not forever:
         require_running(paths)
-    try:
+    with until_interrupted():
         groups.run(lambda: instance_watch.watch(paths, tell, forever=forever))
-    except KeyboardInterrupt:
-        sys.exit(ExitCode.INTERRUPTED)  # which is how this is ended, and no error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -266,6 +268,23 @@ def test_logs_are_shown_without_a_running_instance(instance: InstancePaths) -> N
     instance.console_log.write_text("one\ntwo\n")
     done = agentctl("logs", "--component", "console", "-n", "1")
     assert (done.stdout, done.returncode) == ("two\n", 0)
+
+
+def test_logs_that_go_on_end_with_an_interrupt_and_no_word(instance: InstancePaths) -> None:
+    instance.console_log.write_text("one\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "host_agent", "logs", "--follow", "--component", "console"],
+        cwd=REPOSITORY,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    ) as follower:
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        assert follower.stdout.readline() == "one\n"
+        follower.send_signal(signal.SIGINT)
+        assert (follower.wait(30), follower.stderr.read()) == (130, "")
 
 
 def test_stopping_what_does_not_run_is_no_error(home: Home) -> None:
