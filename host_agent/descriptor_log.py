@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
-from host_agent.fileserver.keepsakes import MAX_AT_ONCE, Kept, Message, Name, prepare, receive, send
+from fileserver.keepsakes import MAX_AT_ONCE, Kept, Message, Name, prepare, receive, send
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from itertools import islice
 
 import trio
 
+from fileserver.keepsakes import MAX_AT_ONCE, MAX_KEPT, Kept, Message, Name, prepare, receive, send
 from host_agent.descriptor_log import DescriptorLog
-from host_agent.fileserver.keepsakes import MAX_AT_ONCE, MAX_KEPT, Kept, Message, Name, prepare, receive, send
 
 logger = logging.getLogger(__name__)
 

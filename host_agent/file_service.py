@@ -16,11 +16,7 @@ from typing import Protocol
 
 import trio
 
-from host_agent import agentlog, file_server_process, mounts
-from host_agent.client import hello
-from host_agent.descriptor_store import DescriptorStore
-from host_agent.errors import ExitCode, UserError
-from host_agent.fileserver.control import (
+from fileserver.control import (
     GetShares,
     GuestStage,
     ServeShares,
@@ -29,6 +25,10 @@ from host_agent.fileserver.control import (
     ShareState,
     ShareStates,
 )
+from host_agent import agentlog, file_server_process, mounts
+from host_agent.client import hello
+from host_agent.descriptor_store import DescriptorStore
+from host_agent.errors import ExitCode, UserError
 from host_agent.groups import collapsed
 from host_agent.mount_rows import LOGS_HINT, row
 from host_agent.paths import Home, InstancePaths

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 
-from host_agent.fileserver.control import GuestStage, ShareStage, ShareState
+from fileserver.control import GuestStage, ShareStage, ShareState
 from protocol.api import Mount, MountSpec, MountState
 
 #: Characters of an explanation in a row: MAX_MOUNTS rows with their paths fit into one frame.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 # The packages that run in the guest.
-GUEST_PACKAGES: Final = ("protocol", "guest_agent")
+GUEST_PACKAGES: Final = ("protocol", "fileserver", "guest_agent")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The guest agent's drive: a tar of ``protocol`` and ``guest_agent`` on a raw disk, no filesystem.
+"""The guest agent's drive: a tar of the packages that run there on a raw disk, no filesystem.
 
 It is written at each start, so the two agents are always of one build, and it needs no tool that makes
 filesystems, on any host. Equal sources make equal bytes: no times, no owners.
@@ -14,7 +14,7 @@ from pathlib import Path
 #: Disks are read in sectors; QEMU pads a shorter file, but says so on stderr.
 SECTOR = 512
 
-_PACKAGES = ("protocol", "guest_agent")
+_PACKAGES = ("protocol", "fileserver", "guest_agent")
 
 
 def sources(root: Path) -> Iterator[Path]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fileserver import watches
+from fileserver.fanotify import FanotifyGroup
 from host_agent.doctor.finding import Finding, advice, ok
-from host_agent.fileserver import watches
-from host_agent.fileserver.fanotify import FanotifyGroup
 
 TOPIC: Final = "watching"
 DESCRIPTORS: Final = "descriptors"

@@ -1,4 +1,1 @@
-"""The host's file server: a process of its own that answers a guest's filesystem calls from shared folders.
-
-``tree`` serves one folder; everything below it is synchronous and may be called from any thread.
-"""
+"""The host's file server: a process of its own that serves the host's folders (``fileserver``) to a guest."""

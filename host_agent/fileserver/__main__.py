@@ -13,11 +13,11 @@ from pathlib import Path
 
 import trio
 
+from fileserver.journal import Journal
+from fileserver.keepsakes import Keepsakes
 from host_agent import groups
 from host_agent.agentlog import FORMAT
 from host_agent.bulk_plane import plane
-from host_agent.fileserver.journal import Journal
-from host_agent.fileserver.keepsakes import Keepsakes
 from host_agent.fileserver.server import FileServer
 from host_agent.paths import InstancePaths
 from protocol.region import FILES

@@ -19,11 +19,10 @@ from typing import Final
 
 import trio
 
-from host_agent.client import hello
-from host_agent.fileserver import prompt
-from host_agent.fileserver.budget import Budget
-from host_agent.fileserver.calls import Calls
-from host_agent.fileserver.control import (
+from fileserver import prompt
+from fileserver.budget import Budget
+from fileserver.calls import Calls
+from fileserver.control import (
     GetShares,
     GuestStage,
     ServeShares,
@@ -32,17 +31,18 @@ from host_agent.fileserver.control import (
     ShareState,
     ShareStates,
 )
-from host_agent.fileserver.journal import Journal
-from host_agent.fileserver.keepsakes import Keepsakes
-from host_agent.fileserver.ledger import Kind, Ledger
-from host_agent.fileserver.mountwatch import MountWatch, concerns
-from host_agent.fileserver.nodes import Link as NameLink
-from host_agent.fileserver.owner import Owner
-from host_agent.fileserver.renewal import Found
-from host_agent.fileserver.retractions import Retraction
-from host_agent.fileserver.shares import Share
-from host_agent.fileserver.watches import Changes, Watches
-from host_agent.fileserver.workers import Completions
+from fileserver.journal import Journal
+from fileserver.keepsakes import Keepsakes
+from fileserver.ledger import Kind, Ledger
+from fileserver.mountwatch import MountWatch, concerns
+from fileserver.nodes import Link as NameLink
+from fileserver.owner import Owner
+from fileserver.renewal import Found
+from fileserver.retractions import Retraction
+from fileserver.shares import Share
+from fileserver.watches import Changes, Watches
+from fileserver.workers import Completions
+from host_agent.client import hello
 from host_agent.guest_link import GuestLink
 from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, RpcError

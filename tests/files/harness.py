@@ -23,8 +23,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from host_agent.descriptor_store import DescriptorStore
-from host_agent.fileserver.control import (
+from fileserver.control import (
     GetShares,
     GuestStage,
     ServeShares,
@@ -34,6 +33,7 @@ from host_agent.fileserver.control import (
     ShareState,
     ShareStates,
 )
+from host_agent.descriptor_store import DescriptorStore
 from protocol.errors import LinkError
 from protocol.link import Hello, Link, Role, Service
 from tests.files.memory import Memory, Use, at_rest, memory, use_of

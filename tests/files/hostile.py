@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import trio
 
-from host_agent.fileserver.control import SharedFolder
+from fileserver.control import SharedFolder
 from protocol import codec, messages
 from protocol.bulk import MARK_SIZE, MAX_RUN, SLOT
 from protocol.errors import ErrorCode
@@ -41,7 +41,7 @@ from protocol.region import FILE_SIZE, FILES, MARK_PAGE, SLOTS, Region
 from protocol.session import Role
 from tests.files.harness import FileServer, TrioThread, loose_directory
 from tests.files.memory import START, Memory, Use, memory
-from tests.host_agent.fileserver.peers import port
+from tests.fileserver.peers import port
 
 SHARE: Final = 7
 SOON: Final = 20.0

@@ -18,9 +18,9 @@ from typing import Final
 
 import trio
 
+from fileserver.control import GuestStage
 from guest_agent import files
 from guest_agent.transports import open_unix
-from host_agent.fileserver.control import GuestStage
 from tests.files.harness import Folder, Plane
 from tests.files.namespace import FORCE_DETACH, Namespace
 from tests.files.service import SOURCES, FilesAgent

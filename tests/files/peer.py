@@ -12,14 +12,14 @@ from typing import Any
 
 import trio
 
-from host_agent.fileserver.control import SharedFolder
+from fileserver.control import SharedFolder
 from protocol import codec
 from protocol.errors import LinkError
 from protocol.files import ROOT, Entry, FileCall, Lookup
 from protocol.link import Link
 from protocol.messages import Result
 from tests.files.harness import FileServer, TrioThread, loose_directory
-from tests.host_agent.fileserver.peers import Kernel, port
+from tests.fileserver.peers import Kernel, port
 
 
 @dataclass(frozen=True, slots=True)

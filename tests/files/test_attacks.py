@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from host_agent.fileserver.confinement import VALID
+from fileserver.confinement import VALID
 from protocol import codec, files
 from protocol.files import (
     ATTR,

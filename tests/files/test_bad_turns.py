@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from host_agent.fileserver.confinement import VALID
-from host_agent.fileserver.control import GuestStage
+from fileserver.confinement import VALID
+from fileserver.control import GuestStage
 from tests.files.harness import Folder, Plane, ShareStage, eventually, loose_directory
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from host_agent.fileserver import watches
+from fileserver import watches
 from tests.files.harness import Plane, eventually
 
 IN_ONE = 1000

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from fileserver import keepsakes
+from fileserver.keepsakes import Kept, Name, send
 from host_agent import descriptor_log, keeper
 from host_agent.descriptor_log import DescriptorLog
 from host_agent.descriptor_store import DescriptorStore
-from host_agent.fileserver import keepsakes
-from host_agent.fileserver.keepsakes import Kept, Name, send
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ import msgpack
 import pytest
 import trio
 
+from fileserver.keepsakes import MAX_AT_ONCE, Message, Name, prepare, receive, send
 from host_agent import descriptor_store
 from host_agent.descriptor_store import DescriptorStore
-from host_agent.fileserver.keepsakes import MAX_AT_ONCE, Message, Name, prepare, receive, send
 from tests.descriptors import open_descriptors
 
 

@@ -31,8 +31,8 @@ import os, socket, sys, time
 from pathlib import Path
 import trio
 from host_agent.client import hello
-from host_agent.fileserver.control import *
-from host_agent.fileserver.keepsakes import Keepsakes
+from fileserver.control import *
+from fileserver.keepsakes import Keepsakes
 from protocol import codec
 from protocol.link import Link, Role, Service
 import json

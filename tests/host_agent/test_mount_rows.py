@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from host_agent.fileserver.control import GuestStage, ShareStage, ShareState
+from fileserver.control import GuestStage, ShareStage, ShareState
 from host_agent.mount_rows import MAX_WORDS, row
 from protocol.api import Mount, MountSpec, MountState
 

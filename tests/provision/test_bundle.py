@@ -30,7 +30,7 @@ def test_the_guest_agent_runs_from_its_drive(tmp_path: Path) -> None:
 
 
 def test_equal_sources_make_equal_bytes_and_only_sources_count(tmp_path: Path) -> None:
-    for package in ("protocol", "guest_agent", "host_agent"):
+    for package in ("protocol", "fileserver", "guest_agent", "host_agent"):
         (tmp_path / package / "__pycache__").mkdir(parents=True)
         (tmp_path / package / "__init__.py").write_text("x = 1\n")
         (tmp_path / package / "__pycache__" / "x.pyc").touch()
@@ -38,5 +38,9 @@ def test_equal_sources_make_equal_bytes_and_only_sources_count(tmp_path: Path) -
     (tmp_path / "protocol/__init__.py").touch(mode=0o600)
     assert bundle.build(tmp_path) == before
     with tarfile.open(fileobj=io.BytesIO(before)) as archive:
-        assert archive.getnames() == ["protocol/__init__.py", "guest_agent/__init__.py"]
+        assert archive.getnames() == [
+            "protocol/__init__.py",
+            "fileserver/__init__.py",
+            "guest_agent/__init__.py",
+        ]
         assert {(info.mtime, info.uid, info.gid, info.mode) for info in archive} == {(0, 0, 0, 0o644)}

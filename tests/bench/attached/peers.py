@@ -25,7 +25,7 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from host_agent.fileserver.control import SharedFolder
+from fileserver.control import SharedFolder
 from tests.bench import processes, ssh
 from tests.bench.files.local import Here, LocalMount
 from tests.bench.files.peers import find_sftp_server, joined

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from host_agent.fileserver.control import SharedFolder
+from fileserver.control import SharedFolder
 from tests.bench import processes
 from tests.bench.files.driver import Driver
 from tests.bench.files.freshness import Watcher

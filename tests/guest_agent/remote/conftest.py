@@ -141,7 +141,7 @@ class Machine:
 
     def other_build(self, folder: Path) -> None:
         """From now on the commands are those of another version."""
-        for package in ("protocol", "guest_agent"):
+        for package in ("protocol", "fileserver", "guest_agent"):
             shutil.copytree(
                 REPOSITORY / package, folder / package, ignore=shutil.ignore_patterns("__pycache__")
             )

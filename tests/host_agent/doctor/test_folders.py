@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fileserver import devices, linux
 from host_agent.doctor import folders
 from host_agent.doctor.finding import Finding, Level
 from host_agent.doctor.folders import Mounted, mounted, silent
-from host_agent.fileserver import devices, linux
 from protocol.api import Mount, MountSpec, MountState
 
 MOUNTINFO = r"""22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw

@@ -1,17 +1,3 @@
-"""A short private directory: sockets are made in it."""
+"""What the room's own tests have, too."""
 
-from __future__ import annotations
-
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="ac-"))
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+from tests.fileserver.conftest import place as place

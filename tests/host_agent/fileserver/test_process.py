@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from host_agent.fileserver.control import SharedFolder
+from fileserver.control import SharedFolder
 from protocol.files import (
     ROOT,
     Create,
@@ -30,7 +30,7 @@ from protocol.files import (
     Unlink,
     Write,
 )
-from tests.host_agent.fileserver.peers import SHARE, SOON, Kernel, Port, control_pair, host_agent, port, until
+from tests.fileserver.peers import SHARE, SOON, Kernel, Port, control_pair, host_agent, port, until
 
 APPENDS_OF_EACH = 125
 APPENDERS = 4

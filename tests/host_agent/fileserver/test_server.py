@@ -15,19 +15,19 @@ from typing import Any, ClassVar
 import pytest
 import trio
 
-from host_agent.fileserver import admission
-from host_agent.fileserver import calls as calls_module
-from host_agent.fileserver import shares as shares_module
-from host_agent.fileserver.control import (
+from fileserver import admission
+from fileserver import calls as calls_module
+from fileserver import shares as shares_module
+from fileserver.control import (
     GuestStage,
     ServeShares,
     SharedFolder,
     ShareStage,
 )
-from host_agent.fileserver.journal import Journal
+from fileserver.journal import Journal
+from fileserver.tree import Outcome, Tree
+from fileserver.workers import THREADS
 from host_agent.fileserver.server import FileServer
-from host_agent.fileserver.tree import Outcome, Tree
-from host_agent.fileserver.workers import THREADS
 from protocol import codec
 from protocol.api import Done
 from protocol.errors import ErrorCode, RpcError
@@ -55,7 +55,7 @@ from protocol.files import (
     Written,
 )
 from protocol.files import Share as MountedShare
-from tests.host_agent.fileserver.peers import (
+from tests.fileserver.peers import (
     SHARE,
     SOON,
     Kernel,
@@ -64,7 +64,7 @@ from tests.host_agent.fileserver.peers import (
     port,
     until,
 )
-from tests.host_agent.fileserver.scene import Gate, connected, scene, waiting
+from tests.fileserver.scene import Gate, connected, scene, waiting
 
 # --- the beginning -----------------------------------------------------------------------------------
 
