@@ -16,6 +16,7 @@ from fileserver.budget import Budget
 from fileserver.datafiles import DataFiles
 from fileserver.keepsakes import ShareKeepsakes
 from fileserver.linux import Status, failure
+from fileserver.manner import is_new
 from fileserver.nodes import Link, Node, Recorder
 from fileserver.owner import Owner
 from fileserver.promises import Promise, Promises
@@ -69,6 +70,7 @@ class Core:
         share: int = 0,
         watches: Watches | None = None,
         retract: Callable[[Retraction], None] = lambda retraction: None,
+        inherit: bool = False,
     ) -> None:
         self.read_only = read_only
         self.seals = seals
@@ -84,6 +86,7 @@ class Core:
         self.reach.on_outdated = self._outdated
         self.snapshots = Snapshots()
         self.is_root = os.geteuid() == 0
+        self._inherit = inherit and self.is_root
         self.owner: Owner | None = None
         """None: the guest's user has the same ids as we."""
 
@@ -153,6 +156,25 @@ class Core:
         """``status`` is what was read after ``promise`` was sampled."""
         stale = signatures.is_stale(node, status, self.promises.heard(node))
         return Outcome(Entry(node.number, self.attr(status), stale), promise=promise)
+
+    def hand_over(self, descriptor: int) -> None:
+        """A file that was just made gets the root's owner, if files here do. Any descriptor of it."""
+        if not self._inherit:
+            return
+        with self.reach.use(ROOT) as root:
+            heir = linux.fstatx(root.descriptor)
+        made = linux.fstatx(descriptor)
+        if (made.uid, made.gid) != (heir.uid, heir.gid) and is_new(made, os.geteuid()):
+            os.chown(linux.magic_link(descriptor), heir.uid, heir.gid)
+
+    def hand_over_entry(self, directory: Node, name: bytes) -> None:
+        """The same, by the name that it was given. Whoever has taken that since then has what they have."""
+        if self._inherit:
+            descriptor = self.reach.open_entry(directory, name)
+            try:
+                self.hand_over(descriptor)
+            finally:
+                os.close(descriptor)
 
     def kill_privilege(self, descriptor: int, status: Status) -> bool:
         """Drop setuid and, of an executable, setgid. The kernel does that by itself unless we are root."""

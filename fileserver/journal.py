@@ -55,8 +55,8 @@ def _first_number() -> int:
 class Journal:
     """The open journal. Safe to use from all threads; ``flush`` before anything is answered."""
 
-    def __init__(self, path: Path) -> None:
-        """Open ``path``, or begin it.
+    def __init__(self, path: Path | None) -> None:
+        """Open ``path``, or begin it. Without a path nothing is written, and no number is ever one of a predecessor's.
 
         ``restored`` is what it says, an empty ledger if it is new, damaged from the start, or of another format.
         """
@@ -69,8 +69,8 @@ class Journal:
         self._given_up = False
         self._complained = False
         self._lives = 0  # how often it was begun
-        self.restored = read(path)
-        self._last_node = max(1, self.restored.last_node)
+        self.restored = Ledger() if path is None else read(path)
+        self._last_node = max(1 if path is not None else _first_number(), self.restored.last_node)
         self._last_handle = self.restored.last_handle
         # What is read is written anew at once: that gets rid of a torn end as well.
         self._fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
@@ -97,6 +97,9 @@ class Journal:
 
     def _start(self, ledger: Ledger) -> None:
         """Make the file say just this, and go on from there."""
+        if self._path is None:
+            self._given_up = True
+            return
         try:
             self._replace(*_write_new(self._path, ledger))
             self._base, self._given_up = self._size, False
@@ -181,8 +184,9 @@ class Journal:
         logger.error("the journal %s is given up until the guest is booted again", self._path)
         self._given_up = True
         self._unwritten = b""
-        with contextlib.suppress(OSError):
-            os.truncate(self._path, 0)
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, 0)
 
     # --- compaction --------------------------------------------------------------------------------
 
@@ -196,6 +200,7 @@ class Journal:
 
         Raises ``OSError``; the file is then as it was.
         """
+        assert self._path is not None
         with self._writing:
             life, end = self._lives, self._size
             source = os.dup(self._fd)
@@ -212,6 +217,7 @@ class Journal:
 
     def _take_over(self, source: int, end: int, new: _NewFile) -> None:
         """Bring the new file up to date with what was added while it was made, and put it in place."""
+        assert self._path is not None
         live = new.size
         new.write(os.pread(source, self._size - end, end))
         fd, size = new.rename(self._path)

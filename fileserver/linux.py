@@ -109,6 +109,10 @@ class Status(NamedTuple):
         """The type, as S_IFMT of the mode."""
         return stat.S_IFMT(self.mode)
 
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
     def birth_ns(self) -> int:
         return self.btime * 1_000_000_000 + self.btime_nsec if self.mask & _STATX_BTIME else 0
 

@@ -196,6 +196,8 @@ class NameOperations:
         self, directory: Node, name: bytes, promise: Promise | None, node: Node | None = None
     ) -> Outcome:
         """The guest has made ``name``, of ``node`` if that was there before."""
+        if node is None:
+            self._core.hand_over_entry(directory, name)
         self._changed(directory, promise, node)
         self._has_other_names(node)
         return self._enter(directory, name, promise)
@@ -219,6 +221,7 @@ class NameOperations:
         descriptor = self._reach.opening(
             lambda: os.open(call.name, _CREATE, mode, dir_fd=directory.descriptor)
         )
+        self._core.hand_over(descriptor)
         self._changed(directory, promise)
         if promise is not None and not self._is_still(directory, call.name, descriptor):
             promise = None

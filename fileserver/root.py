@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Final
 
@@ -43,7 +44,9 @@ class Root:
     shared. Files in it that are held go on working.
     """
 
-    def __init__(self, path: bytes, core: Core) -> None:
+    def __init__(self, path: bytes, core: Core, open_root: Callable[[], int] | None = None) -> None:
+        """``open_root`` returns an O_PATH descriptor of what has no path; ``path`` is its name then."""
+        self._open_root = open_root or self._walk
         self._path = path
         self._core = core
         self._adopted: tuple[int, int, int] | None = None
@@ -66,7 +69,7 @@ class Root:
         return replaced or before != (self.stage, self.reason)
 
     def _adopt(self) -> bool:
-        descriptor = self._core.reach.opening(self._walk)
+        descriptor = self._core.reach.opening(self._open_root)
         try:
             status = linux.fstatx(descriptor)
             if not stat.S_ISDIR(status.mode):

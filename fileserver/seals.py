@@ -13,7 +13,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from fileserver.linux import failure
@@ -29,13 +29,17 @@ _File = tuple[int, int]
 class Seals:
     """The directories at ``paths``; contains (st_dev, st_ino). Thread-safe: what it holds is replaced, not changed."""
 
-    def __init__(self, paths: Iterable[str | bytes] = ()) -> None:
+    def __init__(
+        self, paths: Iterable[str | bytes] = (), is_foreign: Callable[[int], bool] = lambda device: False
+    ) -> None:
+        """``is_foreign``: also everything on such a device (st_dev) is sealed."""
+        self._is_foreign = is_foreign
         self._paths = tuple(os.path.join(os.getcwdb(), os.fsencode(path)) for path in paths)
         self._sealed: frozenset[_File] = frozenset()
         self._ways: frozenset[_File] = frozenset()
 
     def __contains__(self, file: object) -> bool:
-        return file in self._sealed
+        return file in self._sealed or (isinstance(file, tuple) and self._is_foreign(file[0]))
 
     def __bool__(self) -> bool:
         return bool(self._sealed)

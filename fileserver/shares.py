@@ -29,6 +29,7 @@ from fileserver.journal import Journal
 from fileserver.keepsakes import Inherited, Name, ShareKeepsakes
 from fileserver.ledger import Kind, LockRecord, NodeRecord
 from fileserver.locks import HostLocks
+from fileserver.manner import PLAIN, Manner
 from fileserver.nodes import Identity, RestoredNode
 from fileserver.nodes import Link as NameLink
 from fileserver.owner import Owner
@@ -58,8 +59,6 @@ from protocol.link import Link
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at a root.
-ROOT_INTERVAL: Final = 1.0
 #: Calls after which a writer may be open, and after how many seconds it is idle (``datafiles``), and a little more.
 WRITING: Final = frozenset({Create, CreateUnnamed, Write, SetAttributes, Allocate, CopyRange})
 CLOSING_DELAY: Final = AFTER_WRITE + 0.01
@@ -129,6 +128,7 @@ class Share:
         watches: Watches | None = None,
         tell: Callable[[Share, Retraction], None] = lambda share, retraction: None,
         renew: Callable[[Share, Link, Found], None] = lambda share, link, found: None,
+        manner: Manner = PLAIN,
     ) -> None:
         """``hidden`` are paths of directories that the guest sees empty, ``budget`` and ``watches`` are those of all
         shares; without watches, nothing is promised. ``tell`` is called, in any thread, with what the guest is to be
@@ -148,6 +148,7 @@ class Share:
         self._keepsakes = keepsakes
         self._budget = budget or Budget()
         self._watches = watches
+        self._manner = manner
         self._retract = partial(tell, self)
         self.telling = Telling(
             folder.id, self._submit_ready, self._retract, partial(renew, self), self._look_at_once
@@ -176,6 +177,7 @@ class Share:
                 share=self.watched_as,
                 watches=self._watches,
                 retract=self._retract,
+                manner=self._manner,
             )
             self.telling.tree = self._tree
             self._locks = self._host_locks(None, {})
@@ -345,7 +347,7 @@ class Share:
             now = time.monotonic()
             look = now >= look_at
             if look:
-                look_at = now + ROOT_INTERVAL
+                look_at = now + self._manner.look_every
             self._nap = trio.CancelScope()
             due, news, names = await self._in_thread(partial(self._tend, look=look))
             if news:
@@ -361,13 +363,13 @@ class Share:
     def _tend(self, *, look: bool) -> _Tended:
         now = time.monotonic()
         if self._tree is None:
-            return _Tended(now + ROOT_INTERVAL)
+            return _Tended(now + self._manner.look_every)
         news = self._tree.check_root() if look else False
         return _Tended(self._tree.close_idle(now), news, self._tree.names_gone(now))
 
     async def _in_thread(self, function: Callable[[], _Tended]) -> _Tended:
         token, done = trio.lowlevel.current_trio_token(), trio.Event()
-        result = _Tended(time.monotonic() + ROOT_INTERVAL)
+        result = _Tended(time.monotonic() + self._manner.look_every)
 
         def work() -> None:
             nonlocal result

@@ -27,6 +27,7 @@ from fileserver.data import DataOperations
 from fileserver.entries import EntryOperations
 from fileserver.judgement import Judgement
 from fileserver.keepsakes import ShareKeepsakes
+from fileserver.manner import PLAIN, Manner
 from fileserver.names import NameOperations
 from fileserver.nodes import Identity, Node, Recorder, RestoredNode
 from fileserver.owner import Owner
@@ -90,10 +91,11 @@ class Tree:
         share: int = 0,
         watches: Watches | None = None,
         retract: Callable[[Retraction], None] = lambda retraction: None,
+        manner: Manner = PLAIN,
     ) -> None:
         self._core = core = Core(
             read_only=read_only,
-            seals=Seals(hidden),
+            seals=Seals(hidden, manner.is_foreign),
             recorder=recorder,
             next_node=next_node,
             max_descriptors=max_descriptors,
@@ -102,10 +104,11 @@ class Tree:
             share=share,
             watches=watches,
             retract=retract,
+            inherit=manner.inherit,
         )
         self.promises = core.promises
         self._retractions = Retractions(core.reach.registry.table.by_name)
-        self._root = Root(os.fsencode(path), core)
+        self._root = Root(os.fsencode(path), core, manner.open_root)
         self._fullness = Fullness()
         names = NameOperations(core)
         self._methods: dict[type[FileCall[Any]], _Method] = {
