@@ -130,6 +130,26 @@ class InstancePaths:
         return self.directory / "files.sock"
 
     @property
+    def view_socket(self) -> Path:
+        """QEMU's end of the port over which the guest's files are looked at."""
+        return self.directory / "view.sock"
+
+    @property
+    def view(self) -> Path:
+        """Where the guest's files are shown, if nobody says another place; there while they are."""
+        return self.directory / "view"
+
+    @property
+    def view_record(self) -> Path:
+        """Where they are shown, for the host agent that comes after a killed one."""
+        return self.directory / "view.json"
+
+    @property
+    def view_log(self) -> Path:
+        """What the process that shows them says on its standard error."""
+        return self.directory / "view.log"
+
+    @property
     def files_journal(self) -> Path:
         """What a file server that was killed must still know of the guest that it served."""
         return self.directory / "files.journal"
@@ -207,6 +227,7 @@ class InstancePaths:
             self.events_socket,
             self.control_socket,
             self.files_socket,
+            self.view_socket,
             self.docker_socket,
             self.containerd_socket,
         )

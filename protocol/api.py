@@ -899,6 +899,73 @@ class RemoveMounts(Request[Mounts]):
     guest_paths: list[str]
 
 
+class ViewStage(StrEnum):
+    """How the view of the guest's files is."""
+
+    OFF = "off"
+    STARTING = "starting"
+    MOUNTED = "mounted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ViewPlace:
+    """A tree of the guest's that the view shows; ``path`` is below the view's own."""
+
+    path: str
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """``path`` is on this machine, ``owner`` whose the files are shown as (``me`` or ``guest``). ``connected``: the
+    guest answers. ``reason`` and ``hint`` are sentences, empty if all is well."""
+
+    stage: ViewStage
+    path: str
+    owner: str
+    connected: bool = False
+    reason: str = ""
+    hint: str = ""
+    places: list[ViewPlace] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class GetView(Request[View]):
+    METHOD: ClassVar[str] = "view"
+    REPLY: ClassVar[type] = View
+
+
+@dataclass(frozen=True, slots=True)
+class StartView(Request[View]):
+    """Show the guest's files at ``path``; answered when they can be looked at, or it is known why not. One that is
+    there already, for the same path and owner, is left alone."""
+
+    METHOD: ClassVar[str] = "start-view"
+    REPLY: ClassVar[type] = View
+
+    path: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndView(Request[View]):
+    """Show them no more."""
+
+    METHOD: ClassVar[str] = "end-view"
+    REPLY: ClassVar[type] = View
+
+
+@dataclass(frozen=True, slots=True)
+class ServeView(Request[Done]):
+    """(To the guest.) Have the process run that serves the view; ``wanted`` false: have it run no more."""
+
+    METHOD: ClassVar[str] = "serve-view"
+    REPLY: ClassVar[type] = Done
+
+    wanted: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class StopInstance(Request[Done]):
     """Shut the guest down and end the host agent; answered when the guest has gone."""

@@ -43,9 +43,9 @@ as_root() {
 # --- packages -----------------------------------------------------------------------------------------
 
 # What running agentctl takes on a host: QEMU, what builds the image (gpg is how mmdebstrap finds out which
-# of the keyrings is Debian's, on Ubuntu), and Python's venv.
+# of the keyrings is Debian's, on Ubuntu), what `agentctl view` mounts with, and Python's venv.
 run_packages=(
-    ca-certificates curl debian-archive-keyring e2fsprogs gpg mmdebstrap
+    ca-certificates curl debian-archive-keyring e2fsprogs fuse3 gpg mmdebstrap
     python3 python3-venv qemu-utils tar uidmap util-linux
 )
 case $(dpkg --print-architecture 2>/dev/null || uname -m) in

@@ -90,8 +90,9 @@ class Running:
 class Namespace:
     """Mounts made in here, which all are below ``top``, are seen in here only. A sleeping process holds it."""
 
-    def __init__(self, top: Path) -> None:
+    def __init__(self, top: Path, kind: str = MOUNT_TYPE) -> None:
         self._top = top
+        self._kind = kind
 
     def __enter__(self) -> Namespace:
         self._holder = subprocess.Popen(
@@ -127,7 +128,7 @@ class Namespace:
         found = []
         for line in Path(f"/proc/{self._holder.pid}/mounts").read_text().splitlines():
             _, path, kind, options, *_ = line.split(" ")
-            if kind == MOUNT_TYPE and path.startswith(f"{self._top}/"):
+            if kind == self._kind and path.startswith(f"{self._top}/"):
                 found.append((path.encode().decode("unicode_escape").encode("latin-1").decode(), options))
         return found
 

@@ -573,7 +573,7 @@ def test_a_virtual_environment_is_made_again_when_its_python_has_gone(prepared: 
         (
             ("attached", "--delays", "20"),
             "tests.bench.attached --delays 20",
-            "openssh-client fuse3 git openssh-sftp-server sshfs openssh-server",
+            "openssh-client git openssh-sftp-server sshfs openssh-server",
         ),
     ],
 )
