@@ -36,6 +36,7 @@ from guest_agent.spawn import find_account
 from guest_agent.system import HERE, IN_VM, System
 from guest_agent.transports import OpenTransport
 from guest_agent.usage import Look, UsageService
+from guest_agent.view_process import ViewProcess
 from protocol.api import GetGuestInfo
 from protocol.build import digest
 from protocol.errors import LinkError
@@ -82,6 +83,7 @@ class Agent:
     """What the machine is, and the service that every session offers of it."""
 
     def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
+        self._nursery = nursery
         self.ports = PortDetector()
         self._system = System(
             nursery,
@@ -114,6 +116,7 @@ class Agent:
         network, docker = self._prepared
         HostNetwork(network.set).register(self._service)
         DockerSettings(docker.set).register(self._service)
+        ViewProcess(self._nursery).register(self._service)
         ForeignPrograms().register(self._service)
 
     async def serve(

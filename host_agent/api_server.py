@@ -37,6 +37,7 @@ from protocol.api import (
     DialTcp,
     Disk,
     Done,
+    EndView,
     Event,
     Exec,
     Forward,
@@ -48,6 +49,7 @@ from protocol.api import (
     GetSocketForwards,
     GetStatus,
     GetUsage,
+    GetView,
     GuestInfo,
     InstanceStatus,
     Mounts,
@@ -58,10 +60,12 @@ from protocol.api import (
     RemoveMounts,
     SettingsReloaded,
     SocketRows,
+    StartView,
     StopInstance,
     Subscribe,
     Target,
     Usage,
+    View,
 )
 from protocol.errors import ErrorCode, LinkClosed, LinkError, OpenRefused, RpcError
 from protocol.frames import MAX_HEADER, encode_frame
@@ -112,6 +116,9 @@ class Answers:
     usage: Callable[[], Awaitable[Usage]]
     reload: Callable[[], Awaitable[list[str]]]
     remove_mounts: Callable[[Sequence[str]], Awaitable[Mounts]]
+    view: Callable[[], Awaitable[View]]
+    start_view: Callable[[str, str], Awaitable[View]]
+    end_view: Callable[[], Awaitable[View]]
 
 
 class _Listing:
@@ -310,6 +317,18 @@ class ApiServer:
             except OSError as error:
                 raise RpcError(ErrorCode.DENIED, f"the settings could not be kept: {error}") from None
 
+        async def view(_: GetView) -> View:
+            return await self._answers.view()
+
+        async def start_view(request: StartView) -> View:
+            try:
+                return await self._answers.start_view(request.path, request.owner)
+            except UserError as error:
+                raise RpcError(ErrorCode.INVALID, error.message, error.hint) from None
+
+        async def end_view(_: EndView) -> View:
+            return await self._answers.end_view()
+
         async def subscribe(request: Subscribe) -> Done:
             await nursery.start(self._send_events, link, nursery.cancel_scope, request.only_new)
             return Done()
@@ -328,6 +347,9 @@ class ApiServer:
         service.on_request(ChangeDisk, change_disk)
         service.on_request(CompactDisk, compact_disk)
         service.on_request(ReloadSettings, reload)
+        service.on_request(GetView, view)
+        service.on_request(StartView, start_view)
+        service.on_request(EndView, end_view)
         service.on_request(StopInstance, stop)
         service.on_request(Subscribe, subscribe)
         for kind in (Exec, DialTcp, DialName):

@@ -21,7 +21,16 @@ from host_agent.probe import Preference, Verdict, choose, describe_qemu
 from host_agent.vm import BootFailure, RestartPolicy, VirtualMachine, VmFiles, watch_boot
 from provision.errors import ProvisionError
 from provision.image import Image
-from provision.machine import CONTROL_PORT, FILES_PORT, Arch, BulkMemory, Machine, MachineError, SerialPort
+from provision.machine import (
+    CONTROL_PORT,
+    FILES_PORT,
+    VIEW_PORT,
+    Arch,
+    BulkMemory,
+    Machine,
+    MachineError,
+    SerialPort,
+)
 from provision.recipe import debian_architecture
 
 _ARCHITECTURES = {"amd64": Arch.X86_64, "arm64": Arch.AARCH64}
@@ -166,6 +175,7 @@ class Booter:
             serial_ports=(
                 SerialPort(CONTROL_PORT, paths.control_socket),
                 SerialPort(FILES_PORT, paths.files_socket),
+                SerialPort(VIEW_PORT, paths.view_socket),
             ),
             sandbox=sandbox,
         )
@@ -173,5 +183,11 @@ class Booter:
 
 def _remove_sockets(paths: InstancePaths) -> None:
     """QEMU's own of an earlier boot; nobody listens on them any more."""
-    for socket in (paths.qmp_socket, paths.events_socket, paths.control_socket, paths.files_socket):
+    for socket in (
+        paths.qmp_socket,
+        paths.events_socket,
+        paths.control_socket,
+        paths.files_socket,
+        paths.view_socket,
+    ):
         socket.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from host_agent.docker_context import Activation
 from host_agent.errors import UserError
 from host_agent.paths import InstancePaths
 from host_agent.socket_forwards import remove_stale
+from host_agent.view.leftover import remove_leftover
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,15 @@ def clean_up(paths: InstancePaths) -> str:
     The instance's lock must be held, and its QEMU gone. May be repeated.
     """
     warning = _restore_context(paths)
+    remove_leftover(paths)
     for leftover in (
         paths.agent_socket,
         paths.qmp_socket,
         paths.events_socket,
         paths.control_socket,
         paths.files_socket,
+        paths.view_socket,
+        paths.view_record,
         paths.files_journal,
         paths.files_identity,
         paths.docker_socket,

@@ -50,8 +50,8 @@ from host_agent.provisioning import Provisioning
 from host_agent.qmp import QmpClosed, QmpError
 from host_agent.vm import RebootPolicy, VirtualMachine
 from host_agent.vm_watch import DISK_FULL, DISK_FULL_HINT, VmWatch
-from protocol.api import Configure, InstanceStatus, Mounts, Shutdown, Stage
-from protocol.errors import AgentctlProtocolError
+from protocol.api import Configure, InstanceStatus, Mounts, ServeView, Shutdown, Stage
+from protocol.errors import AgentctlProtocolError, RpcError
 from protocol.link import Link
 from protocol.region import CONTROL
 from provision import image as images
@@ -268,6 +268,9 @@ class HostAgent(InstanceAgent):
         self._setup.link_up(link)
         self._network.link_up(link)
         self._sockets.link_up(link)
+        if self._view.is_wanted:  # its agent may have been killed, and that which serves the view with it
+            with suppress(RpcError):
+                await link.request(ServeView(True))
         self._events.say(
             "guest-connected",
             "the guest agent is connected",
@@ -275,6 +278,23 @@ class HostAgent(InstanceAgent):
         )
         self._connected.set()
         self._clock.look()  # last, so that it finds this session
+
+    async def _serve_view(self, wanted: bool) -> None:
+        if not self._paths.view_socket.exists():
+            raise UserError(
+                "this VM was started by an agentctl without a view, and has no port for it",
+                "restart it: agentctl restart",
+                ExitCode.USAGE,
+            )
+        if not wanted and self._guest.current is None:
+            return
+        try:
+            link = await self._guest.wait()
+            await link.request(ServeView(wanted))
+        except AgentctlProtocolError as error:
+            raise UserError(
+                f"the guest cannot be asked: {error}", "see: agentctl status", ExitCode.GUEST
+            ) from None
 
     # --- ends -------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The process of a file server: started with its sockets, recorded for whoever comes after, and ended.
+"""The process of a file server, or of a view: started with its sockets, recorded for whoever comes after, and ended.
 
 The law: it never outlives the ``with`` block that started it, since the end of its control socket is its own end, and
 one that does not end by that is killed. The one of a host agent that was killed is found by its recorded identity.
@@ -13,8 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -32,18 +32,22 @@ END_TIME = 5.0
 
 @asynccontextmanager
 async def started(
-    argv: Sequence[str], log: Path, store: socket.socket
+    argv: Sequence[str],
+    log: Path,
+    store: socket.socket | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[trio.Process, trio.SocketStream]]:
     """The process, which is given ``store``, and our end of its control socket. At the end it is told to end, and
-    killed if it does not.
+    killed if it does not. ``environment``: other than ours.
 
     Raises ``OSError`` if it cannot be started.
     """
     ours, theirs = socket.socketpair()
     control = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     async with control:
-        with theirs, store:
-            process = await _open(argv, log, theirs.fileno(), store.fileno())
+        with theirs, store or nullcontext():
+            given = {"--control-fd": theirs.fileno(), **({"--store-fd": store.fileno()} if store else {})}
+            process = await _open(argv, log, given, environment)
         try:
             yield process, control
         finally:
@@ -78,17 +82,20 @@ def record(pid: int, identity: Path) -> None:
         logger.error("which process the file server is could not be saved: %s", error)
 
 
-async def _open(argv: Sequence[str], log: Path, control: int, store: int) -> trio.Process:
+async def _open(
+    argv: Sequence[str], log: Path, given: Mapping[str, int], environment: Mapping[str, str] | None
+) -> trio.Process:
     # O_APPEND: when the log grew too large and is emptied, it goes on at its start.
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return await trio.lowlevel.open_process(
-            [*argv, "--control-fd", str(control), "--store-fd", str(store)],
+            [*argv, *(word for option, fd in given.items() for word in (option, str(fd)))],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            pass_fds=[control, store],
+            pass_fds=list(given.values()),
             cwd="/",
+            env=environment,
         )
     finally:
         os.close(output)
@@ -103,4 +110,4 @@ async def _end(process: trio.Process) -> None:
         await process.wait()
         return
     # It waits for a disk that does not answer, where no signal reaches it.
-    logger.error("the file server, pid %d, cannot be ended", process.pid)
+    logger.error("pid %d cannot be ended: %s", process.pid, process.args)

@@ -38,6 +38,7 @@ from host_agent.paths import Home, InstancePaths
 from host_agent.port_rules import PortRules
 from host_agent.process import ProcessIdentity
 from host_agent.socket_forwards import SocketForwards
+from host_agent.view_service import ViewService
 from protocol import build
 from protocol.api import (
     Disk,
@@ -128,6 +129,7 @@ class InstanceAgent(ABC):
             store=store,
             packed=packed,
         )
+        self._view = ViewService(paths, self._events.say, self._serve_view, packed=packed)
 
     def _serve(
         self,
@@ -160,6 +162,9 @@ class InstanceAgent(ABC):
             compact_disk=compact_disk,
             usage=self.usage,
             reload=self.reload,
+            view=self._view.report,
+            start_view=self._view.start,
+            end_view=self._view.end,
         )
         self._api = ApiServer(self._paths.agent_socket, answers, self._events)
 
@@ -187,10 +192,12 @@ class InstanceAgent(ABC):
             nursery.start_soon(self._guest.run)
             # Until the very end: what stops on the other side may still be writing.
             nursery.start_soon(self._files.run)
+            nursery.start_soon(self._view.run)
             # Not `finally`: if this agent has a bug, the other side stays, and the next agent takes it over.
             try:
                 with self._work, groups.collapsed():
                     await self._work_until_it_ends()
+                await self._view.end()
                 await self._shut_down()
             except UserError:
                 await self._clean_up()
@@ -215,6 +222,10 @@ class InstanceAgent(ABC):
     @abstractmethod
     async def _guest_up(self, link: Link) -> None:
         """A session begins; nobody else uses it yet."""
+
+    @abstractmethod
+    async def _serve_view(self, wanted: bool) -> None:
+        """Have the other side serve its files for a view, or no more. Raises ``UserError``."""
 
     @abstractmethod
     async def status(self) -> InstanceStatus:

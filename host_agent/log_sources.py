@@ -10,6 +10,7 @@ from host_agent.paths import InstancePaths
 FILES: Mapping[str, Callable[[InstancePaths], Path]] = {
     "host": lambda paths: paths.agent_log,
     "files": lambda paths: paths.files_log,
+    "view": lambda paths: paths.view_log,
     "console": lambda paths: paths.console_log,
     "qemu": lambda paths: paths.qemu_log,
     "provision": lambda paths: paths.provision_log,

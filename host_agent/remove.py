@@ -8,6 +8,7 @@ import os
 from host_agent import docker_context, host_side, state
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
+from host_agent.view.leftover import remove_leftover
 
 
 def remove(paths: InstancePaths, *, data: bool) -> tuple[str, ...]:
@@ -24,6 +25,9 @@ def remove(paths: InstancePaths, *, data: bool) -> tuple[str, ...]:
             )
         docker_context.delete(docker_context.config_dir(os.environ), docker_context.context_name(paths.name))
         left = host_side.undo(paths)
+        remove_leftover(
+            paths
+        )  # before anything in its folder is touched: what is seen there are the guest's files
         paths.config_draft.unlink(missing_ok=True)
         kept = {paths.up_lock} if data else {paths.up_lock, paths.data_disk}
         for path in sorted(paths.directory.iterdir(), key=lambda path: path == paths.data_disk):

@@ -42,6 +42,8 @@ from protocol.api import (
     SocketRows,
     Stage,
     Transport,
+    View,
+    ViewStage,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +65,14 @@ _TRANSPORTS = {Transport.VIRTIO_SERIAL: "virtio-serial", Transport.SSH: "SSH"}
 
 MOUNT_STYLE = {MountState.MOUNTED: "green", MountState.WAITING: "yellow"}
 
-_LOG_STYLE = {"host": "cyan", "files": "blue", "console": "magenta", "guest": "green", "docker": "yellow"}
+_LOG_STYLE = {
+    "host": "cyan",
+    "files": "blue",
+    "view": "blue",
+    "console": "magenta",
+    "guest": "green",
+    "docker": "yellow",
+}
 
 #: Where nobody looks at it a table is as wide as it has to be: `agentctl ports | grep` wants whole lines.
 _UNFOLDED = 4096
@@ -381,6 +390,21 @@ def mounts(table: Mounts) -> None:
             console.print(words(f"note: {lost}"))
 
 
+def view(view: View) -> None:
+    """Where the guest's files are, and which of them may be changed."""
+    console = out()
+    if view.stage is ViewStage.OFF:
+        console.print(words("the guest's files are not shown here"))
+        return
+    console.print(words(view.path))
+    grid = _headed("BELOW IT", "MODE")
+    for place in view.places:
+        grid.add_row(words(place.path), words("read-only" if place.read_only else "read-write"))
+    console.print(grid)
+    if view.reason:
+        console.print(words(f"note: {view.reason}"))
+
+
 def diagnosis(diagnosis: Diagnosis) -> None:
     """A line for each finding, what to do below it, and what it comes to."""
     console = out()
@@ -505,6 +529,10 @@ def _socket_objects(table: SocketRows) -> list[dict[str, Any]]:
     """What a forward is and how it does are one object."""
     rows = [asdict(row) for row in table.rows]
     return [{**row.pop("forward"), **row} for row in rows]
+
+
+def view_json(view: View) -> None:
+    as_json(asdict(view))
 
 
 def mounts_json(table: Mounts) -> None:

@@ -40,6 +40,7 @@ DATA_NODE = "data"
 # One port for each plane, so that a long file transfer never stands before a command.
 CONTROL_PORT = "org.agentctl.control"
 FILES_PORT = "org.agentctl.files"
+VIEW_PORT = "org.agentctl.view"
 
 # The name by which QEMU's monitor knows the network.
 NETWORK = "net"

@@ -1,8 +1,8 @@
 """``python3 agent.pyz COMMAND``: what a host runs over SSH on a machine that is not a VM of ours.
 
   check [--nonce N]                             what the machine can do, as one line
-  connect PLANE SESSION [--grace SECONDS]       be the transport of a plane's agent (control, files)
-  end SESSION                                   end both agents of a session, and leave nothing of them
+  connect PLANE SESSION [--grace SECONDS]       be the transport of a plane's agent (control, files, view)
+  end SESSION                                   end the agents of a session, and leave nothing of them
   copying ...                                   the far end of a copy (guest_agent.copying)
 
 Exit status: 0; 2 for a command line that makes no sense; 3 if what was asked for cannot be, with a sentence on stderr.
@@ -30,9 +30,9 @@ def main(argv: list[str]) -> int:
             return _check("")
         case ["check", "--nonce", nonce]:
             return _check(nonce)
-        case ["connect", "control" | "files" as plane, session]:
+        case ["connect", "control" | "files" | "view" as plane, session]:
             return _connect(plane, session, str(GRACE))
-        case ["connect", "control" | "files" as plane, session, "--grace", seconds]:
+        case ["connect", "control" | "files" | "view" as plane, session, "--grace", seconds]:
             return _connect(plane, session, seconds)
         case ["end", session]:
             return _end(session)
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             from guest_agent import copying
 
             return copying.main(arguments)
-        case ["daemon", "control" | "files" as plane, session, lock, listener]:
+        case ["daemon", "control" | "files" | "view" as plane, session, lock, listener]:
             from guest_agent.remote import daemon
 
             return daemon.main(plane, session, int(lock), int(listener))

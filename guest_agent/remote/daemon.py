@@ -32,6 +32,10 @@ MAX_FILES: Final = 65536
 """Descriptors, if the machine lets us: as many as in a VM (agentctl-agent.service)."""
 
 
+PACKED: Final = ("files", "view")
+"""Planes whose host may be far away from so many bytes that packing them pays."""
+
+
 class Run(Protocol):
     def __call__(self, open_transport: OpenTransport, *, vm: bool) -> Awaitable[None]: ...
 
@@ -50,7 +54,7 @@ def main(plane: str, session: str, lock: int, listener: int) -> int:
         _raise_limit()
         _begin_log(RunDir.of(session).plane(plane).log)
         with socket.socket(fileno=listener) as listening:
-            trio.run(_serve, _agent_of(plane), listening, plane == "files")
+            trio.run(_serve, _agent_of(plane), listening, plane in PACKED)
         status = 0
     except BaseException:
         log.exception("daemon.failed plane=%s", plane)
@@ -77,6 +81,10 @@ def _agent_of(plane: str) -> Run:
         from guest_agent import files
 
         return files.run
+    if plane == "view":
+        from guest_agent.view import agent as view
+
+        return view.run
     from guest_agent import agent
 
     return agent.run

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-PLANES: Final = ("control", "files")
+PLANES: Final = ("control", "files", "view")
 
 SESSION_NAME: Final = re.compile(r"[a-z0-9-]{1,40}")
 

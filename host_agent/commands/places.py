@@ -22,6 +22,7 @@ PLACES: Final = {
     "tunnel": "ports:tunnel",
     "forward": "forward:forward",
     "mounts": "mounts:list_mounts",
+    "view": "view:view",
     "exec": "run:execute",
     "shell": "run:shell",
     "cp": "copy:copy_files",

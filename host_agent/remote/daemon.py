@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 #: between two meetings, and no longer than a forgotten machine should hold mounts that nobody serves.
 GRACE = 600.0
 
+#: The same for what serves a view: it holds nothing, and another one knows as much.
+VIEW_GRACE = 30.0
+
 #: How long the agent there may take to come up and answer, seconds; a machine that is slow compiles it first.
 START_TIME = 90.0
 
@@ -89,6 +92,7 @@ class AttachedAgent(InstanceAgent):
         self._installed: Installed | None = None
         self._beside: trio.Nursery | None = None
         self._carriers: trio.Nursery | None = None
+        self._carrying_view: trio.CancelScope | None = None
         self._has_docker = False
         self._last_words = ""
         self._serve((), disk=_no_disk, change_disk=_no_disk, compact_disk=_no_disk)
@@ -178,6 +182,33 @@ class AttachedAgent(InstanceAgent):
             command = self._record.command("connect", plane, self._record.session, "--grace", f"{grace:g}")
             socket.unlink(missing_ok=True)
             await self._carriers.start(self._way.carry, socket, command, partial(self._ended, plane))
+        if self._view.is_wanted:  # of an agent that was killed
+            await self._serve_view(True)
+
+    async def _serve_view(self, wanted: bool) -> None:
+        """Nothing of it is there, and no connection is made for it, while nobody looks."""
+        await trio.lowlevel.checkpoint()
+        if not wanted or self._carrying_view is not None:
+            if not wanted and self._carrying_view is not None:
+                self._carrying_view.cancel()
+                self._carrying_view = None
+            return
+        if self._carriers is None or not self._record.program:
+            raise UserError(
+                f"{self._address} has not been reached yet", "see: agentctl status", ExitCode.NOT_RUNNING
+            )
+        self._carrying_view = trio.CancelScope()
+        await self._carriers.start(self._carry_view, self._carrying_view)
+
+    async def _carry_view(
+        self, scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        assert self._way is not None
+        command = self._record.command("connect", "view", self._record.session, "--grace", f"{VIEW_GRACE:g}")
+        socket = self._paths.view_socket
+        with scope:
+            socket.unlink(missing_ok=True)
+            await self._way.carry(socket, command, partial(self._ended, "view"), task_status)
 
     def _ended(self, plane: str, finished: Finished) -> None:
         """It is started again as soon as somebody connects; what it said may be why nobody gets an answer."""

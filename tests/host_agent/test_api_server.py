@@ -82,6 +82,9 @@ from protocol.api import (
     Subscribe,
     Target,
     Usage,
+    View,
+    ViewPlace,
+    ViewStage,
 )
 from protocol.errors import ErrorCode, LinkError, OpenRefused, RpcError
 from protocol.link import Link, Role, Service
@@ -135,6 +138,9 @@ class Instance:
 
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
+    view: View = field(default_factory=lambda: View(ViewStage.OFF, "/somewhere/view", "me"))
+    view_failure: Exception | None = None
+
     notes: list[str] = field(default_factory=list)
     reload_failure: Exception | None = None
 
@@ -143,6 +149,21 @@ class Instance:
         if self.reload_failure is not None:
             raise self.reload_failure
         return self.notes
+
+    async def get_view(self) -> View:
+        await trio.lowlevel.checkpoint()
+        return self.view
+
+    async def start_view(self, path: str, owner: str) -> View:
+        await trio.lowlevel.checkpoint()
+        if self.view_failure is not None:
+            raise self.view_failure
+        self.view = View(ViewStage.MOUNTED, path, owner, True, places=[ViewPlace("volumes/db", False)])
+        return self.view
+
+    async def end_view(self) -> View:
+        self.view = View(ViewStage.OFF, self.view.path, "me")
+        return await self.get_view()
 
     async def get_owners(self) -> list[Owner]:
         await trio.lowlevel.checkpoint()
@@ -234,6 +255,9 @@ async def served(paths: InstancePaths) -> AsyncIterator[Running]:
         instance.get_usage,
         instance.reload,
         instance.remove_mounts,
+        instance.get_view,
+        instance.start_view,
+        instance.end_view,
     )
     server = ApiServer(paths.agent_socket, answers, events)
     scope = trio.CancelScope()
