@@ -23,7 +23,7 @@ import trio
 from host_agent.agentlog import FORMAT
 from host_agent.client import hello
 from host_agent.view import guard
-from host_agent.view.asking import Guest
+from host_agent.view.asking import ANSWER_TIME, PATIENCE, Guest
 from host_agent.view.attributes import Owner, Ownership
 from host_agent.view.control import GetViewState, ViewChanged, ViewState
 from host_agent.view.files import Files
@@ -127,7 +127,13 @@ class View:
             service,
             hello("agentctl-view"),
         )
-        guest = Guest(self._arguments.guest_socket, self._changed, packed=self._arguments.packed)
+        guest = Guest(
+            self._arguments.guest_socket,
+            self._changed,
+            patience=self._arguments.patience,
+            answer_time=self._arguments.answer_time,
+            packed=self._arguments.packed,
+        )
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._be_controlled)
             self._nursery.start_soon(guest.run)
@@ -190,6 +196,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--control-fd", type=int, required=True, help="a connected stream socket")
     parser.add_argument("--owner", choices=[owner.value for owner in Owner], default=Owner.ME.value)
     parser.add_argument("--packed", action="store_true", help="pack what travels where that pays")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds for a link to come back")
+    parser.add_argument("--answer-time", type=float, default=ANSWER_TIME, help="seconds for an answer")
     parser.add_argument("--name", default="agentctl", help="of the instance, for df(1)")
     return parser.parse_args()
 

@@ -116,6 +116,7 @@ class Guest:
         self._closed = False
         self._arranged = trio.Event()
         self._up = False
+        self._session: Link | None = None
         self._lost_at = time.monotonic()
         self._silent_at = 0.0
         self._waiting: dict[Waiting[Any], Callable[[Link], None]] = {}
@@ -168,7 +169,7 @@ class Guest:
         await trio.lowlevel.checkpoint()
         self.tree = Tree(request.shares)
         link = self._session
-        if not self._up:
+        if link is not None and not self._up:
             self.epoch = link.peer.boot_id
             self._up = True
             self._silent_at = 0.0
@@ -188,15 +189,15 @@ class Guest:
         )
 
     def _on_down(self) -> None:
-        self._up = False
+        self._up, self._session = False, None
         self._lost_at = time.monotonic()
         self._on_news()
 
     def _send(self, waiting: Waiting[Any], call: FileCall[Any], payload: bytes) -> None:
         if self._closed:
             waiting.fail(errno.EHOSTDOWN)
-        elif self._up and (link := self._link.current) is not None:
-            self._send_over(waiting, call, payload, link)
+        elif self._up and self._session is not None:
+            self._send_over(waiting, call, payload, self._session)
         elif time.monotonic() - self._lost_at < self._patience:
             self._waiting[waiting] = partial(self._send_over, waiting, call, payload)
         else:
@@ -205,7 +206,8 @@ class Guest:
     def _send_over(self, waiting: Waiting[Any], call: FileCall[Any], payload: bytes, link: Link) -> None:
         def on_result(result: messages.Result | LinkError) -> None:
             self._under_way.discard(waiting)
-            self._silent_at = 0.0
+            if not isinstance(result, LinkError):
+                self._silent_at = 0.0
             if isinstance(result, LinkError) and not call.CHANGES and not self._closed:
                 self._lost_at = time.monotonic() if self._up else self._lost_at
                 self._waiting[waiting] = partial(self._send_over, waiting, call, payload)

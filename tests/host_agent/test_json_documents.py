@@ -36,6 +36,9 @@ from protocol.api import (
     SocketRows,
     Stage,
     Transport,
+    View,
+    ViewPlace,
+    ViewStage,
 )
 from tests.host_agent.command_line import agentctl
 from tests.host_agent.stand_in import STATUS, Agent, running
@@ -141,6 +144,11 @@ def test_up_prints_what_status_prints(capsys: pytest.CaptureFixture[str]) -> Non
     said = {*re.findall(r"`(\w+)`", sections()["status"])}
     assert said >= {stage.value for stage in Stage} | {each.value for each in LinkState}
     assert {*re.findall(r"`([\w-]+)`", sections()["status"])} >= {each.value for each in Transport}
+
+
+def test_what_view_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    show.view_json(View(ViewStage.MOUNTED, "/there", "me", True, places=[ViewPlace("volumes/db", False)]))
+    assert shape(json.loads(capsys.readouterr().out)) == shape(examples("view")[0])
 
 
 def test_the_lines_of_top() -> None:

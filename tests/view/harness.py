@@ -33,7 +33,9 @@ from tests.files.service import SOURCES
 class View:
     """Both sides, with ``places`` shown; ``path`` is where. Only for processes in ``namespace``."""
 
-    def __init__(self, *places: Place, owner: str = "me") -> None:
+    def __init__(self, *places: Place, owner: str = "me", hasty: bool = False) -> None:
+        """``hasty``: who waits for the guest gives up in some seconds."""
+        self._hasty = hasty
         self.places = list(places)
         self._owner = owner
         self._guest: subprocess.Popen[bytes] | None = None
@@ -122,6 +124,8 @@ class View:
             "--name",
             "test",
         ]
+        if self._hasty:
+            argv += ["--patience", "2", "--answer-time", "5"]
         with (self.directory / "view.log").open("ab") as log, theirs:
             self._view = subprocess.Popen(
                 self.namespace.command(argv),

@@ -29,7 +29,7 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def view(guest: Path) -> Iterator[View]:
-    with View(Place("/volumes/db", str(guest / "db"), read_only=False)) as view:
+    with View(Place("/volumes/db", str(guest / "db"), read_only=False), hasty=True) as view:
         yield view
 
 
