@@ -469,10 +469,20 @@ class Files:
             raise failure(errno.EISDIR)
         if writes and where.read_only:
             raise failure(errno.EROFS)
-        node = self._again(where.number, lambda: self._node(where, names))
+        try:
+            node = self._again(where.number, lambda: self._node_to_open(where, names, fresh=bool(writes)))
+        except FileNotFoundError:
+            # The kernel still believes in the name: by this it looks again, and makes the file if that was asked for.
+            raise failure(errno.ESTALE) from None
         if flags & os.O_TRUNC:
             self._set_of(where, node, SET_SIZE | KILL_PRIVILEGE, {})
         return self._opened(where, node, path, 0)
+
+    def _node_to_open(self, place: Place, names: tuple[bytes, ...], *, fresh: bool) -> int:
+        """What is to be written is looked up: it would be lost in a file that had this name a moment ago."""
+        if not fresh or not names:
+            return self._node(place, names)
+        return self._look_up(Key(place.number, self._node(place, names[:-1]), names[-1])).node
 
     def create(self, path: bytes, mode: int, flags: int) -> int:
         entry = self._entry(path)

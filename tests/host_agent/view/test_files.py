@@ -229,6 +229,24 @@ def test_what_we_change_is_seen_at_once(files: Files, top: Path) -> None:
         files.getattr(b"/volumes/db/new")
 
 
+def test_what_is_written_goes_to_the_file_that_has_the_name_now(files: Files, top: Path) -> None:
+    files.getattr(b"/volumes/db/file")
+    (top / "db/file").rename(top / "db/old")
+    (top / "db/file").write_text("by the guest\n")
+    handle = files.open(b"/volumes/db/file", os.O_WRONLY | os.O_TRUNC)
+    files.write(handle, b"here\n", 0, append=False)
+    files.release(handle)
+    assert (top / "db/file").read_text() == "here\n"
+    assert (top / "db/old").read_text() == "content\n"
+
+
+def test_who_opens_what_has_just_gone_has_the_kernel_look_again(files: Files, top: Path) -> None:
+    files.getattr(b"/volumes/db/file")
+    (top / "db/file").unlink()
+    with refused(errno.ESTALE):
+        files.open(b"/volumes/db/file", os.O_WRONLY | os.O_TRUNC)
+
+
 def test_a_place_that_is_another_one_now(files: Files, guest: Guest, top: Path) -> None:
     files.getattr(b"/volumes/db/file")
     handle = files.open(b"/volumes/db/file", os.O_RDONLY)
