@@ -163,14 +163,15 @@ class Guest:
 
     async def _on_up(self, link: Link) -> None:
         await trio.lowlevel.checkpoint()
-        self._session = link
 
     async def _arrange(self, request: MountShares) -> MountReports:
-        await trio.lowlevel.checkpoint()
+        # A guest that speaks at once is heard before its session may be used, and says it once.
+        link = await self._link.wait()
+        # In this order: with another process's places by its predecessor's numbers, a name could be another volume's.
         self.tree = Tree(request.shares)
-        link = self._session
-        if link is not None and not self._up:
+        if not self._up:
             self.epoch = link.peer.boot_id
+            self._session = link
             self._up = True
             self._silent_at = 0.0
             waiting, self._waiting = self._waiting, {}

@@ -38,6 +38,36 @@ def good(link: Link, call: messages.Call) -> None:
     link.answer(call.id, 0, ATTRIBUTES)
 
 
+class Corked(trio.abc.SendStream):
+    """A greeting waits here for the word behind it, and both are sent as one."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._held: bytes | None = b""
+        self._second = trio.Event()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self._held is None:
+            await self._stream.send_all(data)
+        else:
+            if self._held:
+                self._second.set()
+            self._held += bytes(data)
+            await trio.lowlevel.checkpoint()
+
+    async def uncork(self) -> None:
+        if self._held:
+            await self._second.wait()
+        held, self._held = self._held, None
+        await self._stream.send_all(held or b"")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 class Server:
     """QEMU's socket and the guest behind it, which answers calls by ``answer``."""
 
@@ -48,6 +78,7 @@ class Server:
         self.reports: list[MountReports] = []
         self.shares = [Share(1, "/volumes/db")]
         self.calls: list[messages.Call] = []
+        self.at_once = False
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -72,12 +103,21 @@ class Server:
     async def _session(self, channel: SerialChannel) -> None:
         service = Service()
         service.on_call(self._take)
+        stream = await channel.establish()
+        corked = Corked(stream)
         self.link = Link(
-            await channel.establish(), Role.GUEST, service, Hello(boot_id=self.epoch, name="guest")
+            trio.StapledStream(corked, stream) if self.at_once else stream,
+            Role.GUEST,
+            service,
+            Hello(boot_id=self.epoch, name="guest"),
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(self.link.run)
-            self.reports.append(await self.link.request(MountShares(self.shares)))
+            nursery.start_soon(self._tell)
+            await corked.uncork()
+
+    async def _tell(self) -> None:
+        self.reports.append(await self.link.request(MountShares(self.shares)))
 
     def _take(self, call: messages.Call) -> None:
         self.calls.append(call)
@@ -122,6 +162,15 @@ async def test_what_the_guest_shows_and_answers(folder: Path) -> None:
             MountStage.MOUNTED,
             MountStage.FAILED,
         ]
+
+
+async def test_a_guest_that_speaks_with_its_greeting_is_heard(folder: Path) -> None:
+    server = Server(folder / "view.sock")
+    server.at_once = True
+    async with server.running(), asking(folder) as guest:
+        assert await guest.wait_arranged(30)
+        assert guest.connected
+        assert await ask(guest) == 0
 
 
 async def test_without_a_guest_it_is_down_after_a_while_and_then_at_once(folder: Path) -> None:
