@@ -215,6 +215,11 @@ class ViewService:
     async def _live(self, wanted: Wanted) -> int | None:
         """One process, to its end; its exit status, None if it could not be started."""
         process: trio.Process | None = None
+        try:  # the life before has taken our own folder along
+            await trio.to_thread.run_sync(prepare, Path(wanted.path), self._paths)
+        except UserError as error:
+            self._trouble = f"the view could not be started: {error.message}"
+            return None
         argv = [
             *self._program,
             wanted.path,

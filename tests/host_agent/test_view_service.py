@@ -31,6 +31,8 @@ from protocol.link import Hello, Link, Role, Service
 
 script = json.load(open(sys.argv[1]))
 arguments = sys.argv[2:]
+if not os.path.isdir(arguments[0]):
+    sys.exit("there is nothing to mount on")
 log = open(sys.argv[1] + ".log", "a")
 log.write(json.dumps([os.getpid(), *arguments, os.environ.get("FUSE_LIBRARY_PATH")]) + "\\n")
 log.close()
@@ -191,11 +193,25 @@ async def test_there_is_one_at_a_time(instance: InstancePaths, tmp_path: Path) -
 async def test_a_successor_of_a_killed_host_agent_shows_it_again(
     instance: InstancePaths, tmp_path: Path
 ) -> None:
-    instance.view_record.write_text(json.dumps([str(tmp_path), "guest"]))
+    for count, path in enumerate((tmp_path, instance.view), 1):
+        instance.view_record.write_text(json.dumps([str(path), "guest"]))
+        async with running(made(instance)) as scene:
+            assert scene.service.is_wanted
+            life = (await scene.until(count))[-1]
+            assert life[1:4] == [str(path), "--owner", "guest"]
+
+
+async def test_where_something_was_put_meanwhile_it_is_not_shown_again(instance: InstancePaths) -> None:
     async with running(made(instance)) as scene:
-        assert scene.service.is_wanted
-        (life,) = await scene.until(1)
-        assert life[1:4] == [str(tmp_path), "--owner", "guest"]
+        await scene.service.start(str(instance.view), "me")
+        (instance.view / "file").write_text("somebody's\n")
+        os.kill(int(str(scene.lives()[0][0])), signal.SIGKILL)
+        with trio.fail_after(PATIENCE):
+            while (await scene.service.report()).stage is not ViewStage.OFF:
+                await trio.sleep(0.02)
+        assert any("is not empty" in message for message in scene.said)
+        assert (instance.view / "file").read_text() == "somebody's\n"
+        assert len(scene.lives()) == 1
 
 
 async def test_a_guest_that_cannot_serve_it_costs_nothing(instance: InstancePaths) -> None:
