@@ -5,13 +5,15 @@ The laws:
   asks, and is never asked anything else.
 - Nothing is promised, and nothing is resumed: a host keeps what it was told for a moment, and of a server that was
   killed its successor knows no node, so that a stale one never means another file (``Journal`` without a path).
-- A place that is another one than before has another number, however it is called.
+- A place that is another one than before has another number, however it is called; and none has one that a place of our
+  predecessor's had: what waited for us may be meant for a volume of that.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import random
 import uuid
 from functools import partial
 from typing import Final
@@ -87,7 +89,7 @@ class ViewServer:
     def __init__(self, nursery: trio.Nursery, watch: Watch) -> None:
         self._nursery = nursery
         self._watch = watch
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(1 + (random.getrandbits(30) << 16))
         self._journal = Journal(None)
         self._budget = Budget()
         self._foreign = FuseDevices()

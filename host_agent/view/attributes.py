@@ -95,5 +95,6 @@ class Ownership:
 
 
 def inode(place: int, ino: int) -> int:
-    """The inode number here: places are devices of their own there, so two of their files may have the same."""
+    """The inode number here: places are devices of their own there, so two of their files may have the same. ``place``
+    is the same for as long as the file is: git(1) reads all that have got another number."""
     return (ino ^ (place * 0x9E3779B97F4A7C15)) & _INODES or 1

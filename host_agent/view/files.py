@@ -281,7 +281,7 @@ class Files:
     def _shown(self, place: Place, raw: bytes) -> Attributes:
         attributes = unpack(raw)
         uid, gid = self._ownership.shown(attributes.uid, attributes.gid)
-        return attributes._replace(uid=uid, gid=gid, ino=inode(place.number, attributes.ino))
+        return attributes._replace(uid=uid, gid=gid, ino=inode(crc32(b"/".join(place.path)), attributes.ino))
 
     def _of_directory(self, path: bytes) -> Attributes:
         ino = inode(1 << 40, crc32(path))
