@@ -126,44 +126,44 @@ class Operations:
         self._files.rename(_path(old), _path(new), flags)
 
     def opendir(self, path: str) -> int:
-        return self._files.opendir(_path(path))
+        return self._files.directories.opendir(_path(path))
 
     def releasedir(self, path: str | None, handle: int) -> None:
-        self._files.releasedir(handle)
+        self._files.directories.releasedir(handle)
 
     def readdir_with_offset(
         self, path: str | None, offset: int, handle: int
     ) -> Iterator[tuple[str, dict[str, int] | None, int]]:
-        for name, attributes, behind in self._files.readdir(handle, offset):
+        for name, attributes, behind in self._files.directories.readdir(handle, offset):
             yield os.fsdecode(name), None if attributes is None else _fields(attributes), behind
 
     def fsyncdir(self, path: str | None, datasync: int, handle: int) -> None:
-        self._files.fsyncdir(handle)
+        self._files.directories.fsyncdir(handle)
 
     # --- data ----------------------------------------------------------------------------------------
 
     def open(self, path: str, fi: Any) -> int:
-        fi.fh = self._files.open(_path(path), fi.flags)
+        fi.fh = self._files.data.open(_path(path), fi.flags)
         return 0
 
     def create(self, path: str, mode: int, fi: Any) -> int:
-        fi.fh = self._files.create(_path(path), mode, fi.flags)
+        fi.fh = self._files.data.create(_path(path), mode, fi.flags)
         return 0
 
     def read(self, path: str | None, size: int, offset: int, fi: Any) -> bytes:
-        return self._files.read(fi.fh, size, offset)
+        return self._files.data.read(fi.fh, size, offset)
 
     def write(self, path: str | None, data: bytes, offset: int, fi: Any) -> int:
-        return self._files.write(fi.fh, data, offset, append=bool(fi.flags & os.O_APPEND))
+        return self._files.data.write(fi.fh, data, offset, append=bool(fi.flags & os.O_APPEND))
 
     def release(self, path: str | None, fi: Any) -> None:
-        self._files.release(fi.fh)
+        self._files.data.release(fi.fh)
 
     def fsync(self, path: str | None, datasync: int, fi: Any) -> None:
-        self._files.fsync(fi.fh, data_only=bool(datasync))
+        self._files.data.fsync(fi.fh, data_only=bool(datasync))
 
     def fallocate(self, path: str | None, mode: int, offset: int, size: int, fi: Any) -> None:
-        self._files.fallocate(fi.fh, mode, offset, size)
+        self._files.data.fallocate(fi.fh, mode, offset, size)
 
     # --- extended attributes -------------------------------------------------------------------------
 

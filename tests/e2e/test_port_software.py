@@ -1,18 +1,11 @@
-"""Real programs in containers, as Debian packages them, published with ``-p``: reached from the host as within the VM.
-
-Their image is made here: Debian's packages are unpacked (not installed: none of their scripts runs), which takes the
-mirror that the guest's own image comes from, and no registry.
-"""
+"""Real programs in containers, as Debian packages them, published with ``-p``: reached from the host as within the VM."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import socket
 import struct
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from provision import recipe as recipes
-from provision.commands import find_privilege
 from tests.e2e.harness import Instance, eventually, fetch, is_refused
+from tests.e2e.software import make_image, unpack
 from tests.free_ports import free_port
 
 pytestmark = pytest.mark.vm
@@ -54,48 +46,8 @@ DNSMASQ = (
 @pytest.fixture(scope="module")
 def software(vm: Instance) -> str:
     """An image with all of them; its command is nginx."""
-    unpacked = unpack()
-    image = io.BytesIO()
-    with (
-        tarfile.open(fileobj=io.BytesIO(unpacked)) as source,
-        tarfile.open(fileobj=image, mode="w", format=tarfile.GNU_FORMAT) as target,
-    ):
-        for member in source:
-            if member.name.startswith(KEPT):
-                target.addfile(member, source.extractfile(member) if member.isreg() else None)
-        for name in ("bin", "sbin", "lib", "lib64"):
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = tarfile.SYMTYPE, f"usr/{name}"
-            target.addfile(link)
-        for name, content in FILES.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mode = len(content), 0o644
-            target.addfile(info, io.BytesIO(content))
     command = 'CMD ["/usr/sbin/nginx","-c","/etc/nginx.conf"]'
-    vm.docker("import", "-c", command, "-", "software", input=image.getvalue())
-    return "software"
-
-
-def unpack() -> bytes:
-    """The packages and what they need, as a tar."""
-    recipe = recipes.load()
-    command = [
-        *find_privilege().mmdebstrap,
-        "--quiet",
-        "--variant=extract",
-        f"--architectures={recipe.architecture}",
-        f"--include={','.join(PACKAGES)}",
-        '--aptopt=Acquire::Languages "none"',
-        '--aptopt=APT::Install-Recommends "false"',
-        '--aptopt=Acquire::Retries "3"',
-        recipe.suite,
-        "-",
-        f"deb {recipe.mirror} {recipe.suite} main",
-    ]
-    environment = {"TMPDIR": "/var/tmp", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return done.stdout
+    return make_image(vm, "software", unpack(*PACKAGES), KEPT, files=FILES, command=command)
 
 
 @contextmanager

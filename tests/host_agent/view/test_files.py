@@ -115,9 +115,9 @@ def files(guest: Guest, clock: Clock) -> Files:
 
 
 def names(files: Files, path: bytes) -> list[bytes]:
-    handle = files.opendir(path)
-    found = [name for name, _, _ in files.readdir(handle, 0)]
-    files.releasedir(handle)
+    handle = files.directories.opendir(path)
+    found = [name for name, _, _ in files.directories.readdir(handle, 0)]
+    files.directories.releasedir(handle)
     return found
 
 
@@ -151,36 +151,72 @@ def test_to_list_a_directory_and_look_at_all_of_it_is_one_message(
 def test_a_file_that_was_just_looked_up_is_opened_without_a_message(files: Files, guest: Guest) -> None:
     files.getattr(b"/volumes/db/file")
     guest.kinds()
-    handle = files.open(b"/volumes/db/file", os.O_RDONLY)
+    handle = files.data.open(b"/volumes/db/file", os.O_RDONLY)
     assert guest.kinds() == []
-    assert files.read(handle, 100, 0) == b"content\n"
-    files.release(handle)
+    assert files.data.read(handle, 100, 0) == b"content\n"
+    files.data.release(handle)
     assert guest.kinds() == ["Read"]
 
 
 def test_what_is_read_on_is_read_ahead(files: Files, guest: Guest, top: Path) -> None:
     noise = os.urandom(3_500_000)
     (top / "db/noise").write_bytes(noise)
-    handle = files.open(b"/volumes/db/noise", os.O_RDONLY)
+    handle = files.data.open(b"/volumes/db/noise", os.O_RDONLY)
     guest.kinds()
     step, got = 128 << 10, b""
-    while piece := files.read(handle, step, len(got)):
+    while piece := files.data.read(handle, step, len(got)):
         got += piece
     assert got == noise
     assert len(guest.kinds()) <= 8
-    assert files.read(handle, 10, 5) == noise[5:15]
+    assert files.data.read(handle, 10, 5) == noise[5:15]
 
 
 def test_what_came_ahead_is_not_kept(files: Files, guest: Guest, clock: Clock, top: Path) -> None:
     (top / "db/noise").write_bytes(bytes(500_000))
-    handle = files.open(b"/volumes/db/noise", os.O_RDONLY)
-    assert files.read(handle, 1000, 0) == bytes(1000)
-    assert files.read(handle, 1000, 1000) == bytes(1000)
+    handle = files.data.open(b"/volumes/db/noise", os.O_RDONLY)
+    assert files.data.read(handle, 1000, 0) == bytes(1000)
+    assert files.data.read(handle, 1000, 1000) == bytes(1000)
     (top / "db/noise").write_bytes(b"x" * 500_000)
     clock.now += 1.1
-    assert files.read(handle, 1000, 2000) == b"x" * 1000
-    files.write(handle, b"y" * 10, 3000, append=False)
-    assert files.read(handle, 10, 3000) == b"y" * 10
+    assert files.data.read(handle, 1000, 2000) == b"x" * 1000
+    files.data.write(handle, b"y" * 10, 3000, append=False)
+    assert files.data.read(handle, 10, 3000) == b"y" * 10
+
+
+def test_what_came_ahead_of_a_change_that_was_shown_is_not_used(files: Files, top: Path) -> None:
+    """The kernel drops what it has when it is shown another time, and would keep for long what it is given then."""
+    path = b"/volumes/db/noise"
+    (top / "db/noise").write_bytes(bytes(4_000_000))
+    handle = files.data.open(path, os.O_RDONLY)
+    for offset in (0, 1000, 2000):
+        assert files.data.read(handle, 1000, offset) == bytes(1000)
+    (top / "db/noise").write_bytes(b"x" * 4_000_000)
+    files.getattr(path, handle)
+    assert files.data.read(handle, 1000, 3000) == b"x" * 1000
+    ahead = 1 << 20
+    while ahead < 3 << 20:
+        assert files.data.read(handle, 131072, ahead) == b"x" * 131072
+        ahead += 131072
+
+
+def test_what_came_ahead_of_our_own_change_is_not_used(files: Files, top: Path) -> None:
+    path = b"/volumes/db/noise"
+    (top / "db/noise").write_bytes(bytes(500_000))
+    reader, writer = files.data.open(path, os.O_RDONLY), files.data.open(path, os.O_RDWR)
+
+    def read_on() -> bytes:
+        for offset in (0, 1000):
+            files.data.read(reader, 1000, offset)
+        return files.data.read(reader, 5, 3000)
+
+    assert read_on() == bytes(5)
+    files.data.write(writer, b"right", 3000, append=False)
+    assert files.data.read(reader, 5, 3000) == b"right"
+    assert read_on() == b"right"
+    files.truncate(path, 3002)
+    assert files.data.read(reader, 5, 3000) == b"ri"
+    files.data.release(writer)
+    files.data.release(reader)
 
 
 def test_nodes_are_given_back(files: Files, guest: Guest, clock: Clock, top: Path) -> None:
@@ -209,13 +245,13 @@ def test_what_the_guest_changes_is_seen_a_second_later(files: Files, clock: Cloc
 
 
 def test_what_we_change_is_seen_at_once(files: Files, top: Path) -> None:
-    handle = files.create(b"/volumes/db/new", 0o640, os.O_RDWR)
-    files.write(handle, b"12345", 0, append=False)
+    handle = files.data.create(b"/volumes/db/new", 0o640, os.O_RDWR)
+    files.data.write(handle, b"12345", 0, append=False)
     assert files.getattr(b"/volumes/db/new").size == 5
     assert files.getattr(b"", handle).size == 5
-    files.write(handle, b"6", 0, append=True)
+    files.data.write(handle, b"6", 0, append=True)
     files.truncate(b"", 3, handle)
-    files.release(handle)
+    files.data.release(handle)
     assert (top / "db/new").read_bytes() == b"123"
     files.chmod(b"/volumes/db/new", 0o600)
     assert stat.S_IMODE(files.getattr(b"/volumes/db/new").mode) == 0o600
@@ -233,9 +269,9 @@ def test_what_is_written_goes_to_the_file_that_has_the_name_now(files: Files, to
     files.getattr(b"/volumes/db/file")
     (top / "db/file").rename(top / "db/old")
     (top / "db/file").write_text("by the guest\n")
-    handle = files.open(b"/volumes/db/file", os.O_WRONLY | os.O_TRUNC)
-    files.write(handle, b"here\n", 0, append=False)
-    files.release(handle)
+    handle = files.data.open(b"/volumes/db/file", os.O_WRONLY | os.O_TRUNC)
+    files.data.write(handle, b"here\n", 0, append=False)
+    files.data.release(handle)
     assert (top / "db/file").read_text() == "here\n"
     assert (top / "db/old").read_text() == "content\n"
 
@@ -244,12 +280,12 @@ def test_who_opens_what_has_just_gone_has_the_kernel_look_again(files: Files, to
     files.getattr(b"/volumes/db/file")
     (top / "db/file").unlink()
     with refused(errno.ESTALE):
-        files.open(b"/volumes/db/file", os.O_WRONLY | os.O_TRUNC)
+        files.data.open(b"/volumes/db/file", os.O_WRONLY | os.O_TRUNC)
 
 
 def test_a_place_that_is_another_one_now(files: Files, guest: Guest, top: Path) -> None:
     files.getattr(b"/volumes/db/file")
-    handle = files.open(b"/volumes/db/file", os.O_RDONLY)
+    handle = files.data.open(b"/volumes/db/file", os.O_RDONLY)
     (top / "other").mkdir()
     guest.served[3] = serve(top / "other")
     guest.tree = Tree([Share(3, "/volumes/db")])
@@ -259,8 +295,8 @@ def test_a_place_that_is_another_one_now(files: Files, guest: Guest, top: Path) 
         files.getattr(b"/images")
     guest.served.pop(1).close()
     with refused(errno.ESTALE):
-        files.read(handle, 10, 0)
-    files.release(handle)
+        files.data.read(handle, 10, 0)
+    files.data.release(handle)
     guest.served.pop(3).close()
 
 
@@ -268,17 +304,17 @@ def test_after_a_killed_server_an_open_file_is_found_by_its_path_if_it_is_the_sa
     files: Files, guest: Guest, clock: Clock, top: Path
 ) -> None:
     files.getattr(b"/volumes/db/file")
-    same, other = (files.open(b"/volumes/db/file", os.O_RDONLY) for _ in range(2))
+    same, other = (files.data.open(b"/volumes/db/file", os.O_RDONLY) for _ in range(2))
     guest.served[1].close()
     guest.served[1], guest.epoch = serve(top / "db"), "two"
-    assert files.read(same, 100, 0) == b"content\n"
+    assert files.data.read(same, 100, 0) == b"content\n"
     (top / "db/file").rename(top / "db/old")
     (top / "db/file").write_text("another\n")
     clock.now += 1.1
     with refused(errno.ESTALE):
-        files.read(other, 100, 0)
-    files.release(same)
-    files.release(other)
+        files.data.read(other, 100, 0)
+    files.data.release(same)
+    files.data.release(other)
 
 
 def test_a_number_that_is_good_for_nothing_is_looked_for_again(files: Files, guest: Guest, top: Path) -> None:
@@ -297,7 +333,7 @@ def test_what_is_read_only_is_not_even_asked_for(files: Files, guest: Guest) -> 
     guest.kinds()
     for change in (
         lambda: files.mkdir(b"/images/app:1/x", 0o700),
-        lambda: files.create(b"/images/app:1/x", 0o700, os.O_RDWR),
+        lambda: files.data.create(b"/images/app:1/x", 0o700, os.O_RDWR),
         lambda: files.unlink(b"/images/app:1/x"),
         lambda: files.symlink(b"/images/app:1/x", b"y"),
         lambda: files.chmod(b"/images/app:1", 0o700),
@@ -358,10 +394,10 @@ def test_no_target_leads_out(files: Files, top: Path) -> None:
 
 
 def test_more_data_than_was_asked_for(files: Files, guest: Guest) -> None:
-    handle = files.open(b"/volumes/db/file", os.O_RDONLY)
+    handle = files.data.open(b"/volumes/db/file", os.O_RDONLY)
     guest.lies[Read] = Answered(None, b"x" * 100)
     with refused(errno.EIO):
-        files.read(handle, 10, 0)
+        files.data.read(handle, 10, 0)
 
 
 def test_a_listing_without_an_end(files: Files, guest: Guest) -> None:
