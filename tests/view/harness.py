@@ -26,6 +26,7 @@ from protocol.errors import LinkError
 from protocol.link import Hello, Link, Role, Service
 from tests.files.harness import TrioThread, eventually, loose_directory
 from tests.files.namespace import Finished, Namespace, Running
+from tests.files.ordinary import GUEST, UsersNamespace
 from tests.files.port import Port
 from tests.files.service import SOURCES
 
@@ -33,9 +34,13 @@ from tests.files.service import SOURCES
 class View:
     """Both sides, with ``places`` shown; ``path`` is where. Only for processes in ``namespace``."""
 
-    def __init__(self, *places: Place, owner: str = "me", hasty: bool = False) -> None:
-        """``hasty``: who waits for the guest gives up in some seconds."""
+    def __init__(
+        self, *places: Place, owner: str = "me", hasty: bool = False, ordinary: bool = False
+    ) -> None:
+        """``hasty``: who waits for the guest gives up in some seconds. ``ordinary``: it is shown to a user who is not
+        root, and by that one."""
         self._hasty = hasty
+        self._ordinary = ordinary
         self.places = list(places)
         self._owner = owner
         self._guest: subprocess.Popen[bytes] | None = None
@@ -46,10 +51,14 @@ class View:
             self.directory = stack.enter_context(loose_directory())
             self.path = self.directory / "view"
             self.path.mkdir()
-            self.namespace = stack.enter_context(Namespace(self.directory, KIND))
+            kind = UsersNamespace if self._ordinary else Namespace
+            self.namespace = stack.enter_context(kind(self.directory, KIND))
             self._loop = stack.enter_context(TrioThread())
             self._sockets = self.directory / "host.sock", self.directory / "guest.sock"
             self.port = stack.enter_context(Port(*self._sockets))
+            if self._ordinary:
+                for path in (self.path, self._sockets[0]):
+                    os.chown(path, GUEST, GUEST)
             stack.push(self._show_logs)
             stack.callback(self.namespace.force_unmount)
             stack.callback(self.kill_view)
