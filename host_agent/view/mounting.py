@@ -57,7 +57,9 @@ class Operations:
         self._mounted = mounted
 
     def init_with_config(self, connection: Any, config: Any) -> None:
-        # A file that is removed while it is open keeps its handle, so it needs no other name (.fuse_hidden).
+        # A file that is removed while it is open goes on by its handle, but for fstat(2), which the kernel asks without
+        # one. Its other name (.fuse_hidden) would be worse: the directory cannot be removed then, and a rename over an
+        # open file becomes two, between which the guest's programs find none.
         config.hard_remove = config.nullpath_ok = 1
         config.use_ino = 1
         self._mounted()
