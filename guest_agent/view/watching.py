@@ -67,7 +67,7 @@ class Watch:
 
     async def _look(self) -> list[Place]:
         self._news = trio.Event()
-        if self._changed or trio.current_time() - self._asked_at >= AGAIN:
+        if self._changed or self._docker is None or trio.current_time() - self._asked_at >= AGAIN:
             self._changed = False
             self._asked_at = trio.current_time()
             self._of_docker = await trio.to_thread.run_sync(self._ask_docker, abandon_on_cancel=True)
