@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from host_agent.paths import InstancePaths
+from host_agent.view import unmounting
 from tests.e2e import test_bulk
 from tests.e2e.harness import NO_NETWORK, Instance, eventually, fetch, is_refused
 from tests.free_ports import free_port
@@ -248,6 +249,10 @@ def test_stop_ends_everything_and_keeps_containers_images_and_flags(
     machine_id = vm.guest("cat /etc/machine-id")
     host_key = vm.guest("cat /var/lib/agentctl/ssh/ssh_host_ed25519_key.pub")
     vm.guest("touch /on-the-throw-away-root")
+    view = vm.directory / "view"
+    if os.access("/dev/fuse", os.R_OK | os.W_OK):
+        vm.agentctl("view")
+        assert unmounting.is_mounted(str(view))
     with vm.popen("stop") as stopping:
         eventually(lambda: vm.status()["stage"] == "stopping")
         meanwhile = vm.agentctl("up", check=False)
@@ -258,6 +263,8 @@ def test_stop_ends_everything_and_keeps_containers_images_and_flags(
     assert stopping.returncode == 0
     assert vm.status()["stage"] == "stopped"
     assert vm.processes() == []
+    assert not unmounting.is_mounted(str(view))
+    assert not view.exists()
     assert vm.docker("context", "show") == "default"
     assert vm.agentctl("stop").returncode == 0, "stopping what is stopped is no error"
 
