@@ -27,9 +27,9 @@ from host_agent.view.asking import ANSWER_TIME, PATIENCE, Guest
 from host_agent.view.attributes import Owner, Ownership
 from host_agent.view.control import GetViewState, ViewChanged, ViewState
 from host_agent.view.files import Files
-from host_agent.view.unmounting import unmount
+from host_agent.view.unmounting import source_of, unmount
 from protocol.api import ViewPlace
-from protocol.errors import LinkError
+from protocol.errors import AgentctlProtocolError, LinkError
 from protocol.link import Link, Service
 from protocol.session import Role
 
@@ -44,14 +44,18 @@ SWITCH_INTERVAL: Final = 0.0005
 LAST_TIME: Final = 5.0
 """Seconds for the thread that serves to end what it does."""
 
+TELL_AFTER: Final = 0.05
+"""Seconds after one word of how it is until the next."""
+
 NO_ANSWER: Final = "the guest does not say what there is to see"
 
 
 class View:
     """Both threads, and what one tells the other. ``_serving`` is the identity of the one that serves."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, source: str) -> None:
         self._arguments = arguments
+        self._source = source
         self._serving = threading.get_ident()
         self._ready = threading.Event()
         self._over = threading.Event()
@@ -80,7 +84,7 @@ class View:
         path = str(self._arguments.path)
         files = Files(guest, Ownership.of_this_process(Owner(self._arguments.owner)))
         try:
-            serve(files, path, f"agentctl:{self._arguments.name}", self._on_mounted)
+            serve(files, path, self._source, self._on_mounted, guest.begin_operation)
         except FuseError as error:
             if self._mounted:  # a signal has ended it
                 return 0
@@ -89,7 +93,7 @@ class View:
             time.sleep(0.2)  # so that it is told
             return 1
         finally:
-            unmount(path)
+            unmount(path, self._source)
         return 0
 
     def _on_mounted(self) -> None:
@@ -117,7 +121,7 @@ class View:
 
     async def _live(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self._end = trio.Event()
+        self._end, self._news = trio.Event(), trio.Event()
         control = socket.socket(fileno=self._arguments.control_fd)
         service = Service()
         service.on_request(GetViewState, self._get_state)
@@ -136,6 +140,7 @@ class View:
         )
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._be_controlled)
+            self._nursery.start_soon(self._tell)
             self._nursery.start_soon(guest.run)
             if not await guest.wait_arranged(ARRANGE_TIME):
                 self._reason = NO_ANSWER
@@ -168,11 +173,16 @@ class View:
         )
 
     def _changed(self) -> None:
-        self._nursery.start_soon(self._tell)
+        self._news.set()
 
     async def _tell(self) -> None:
-        with suppress(LinkError, RuntimeError):
-            await self._control.notify(ViewChanged(self._state()))
+        """However often the guest has something else to show: one word at a time, and not too many."""
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            with suppress(AgentctlProtocolError, RuntimeError):
+                await self._control.notify(ViewChanged(self._state()))
+            await trio.sleep(TELL_AFTER)
 
 
 def main() -> None:
@@ -183,8 +193,9 @@ def main() -> None:
     # libfuse has handlers of its own where there are none: by these the other thread ends the wait of this one.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    guard.start(str(arguments.path))
-    status = View(arguments).run()
+    source = source_of(arguments.name, os.getpid())
+    guard.start(str(arguments.path), source)
+    status = View(arguments, source).run()
     logging.shutdown()
     os._exit(status)  # a thread that hangs does not keep the process alive
 

@@ -2,7 +2,8 @@
 
 The laws:
 - Every wait has an end. A link that is not there is waited for ``PATIENCE``, an answer ``ANSWER_TIME``; and who has
-  waited in vain is believed: until the guest is heard from again, what comes next fails at once.
+  waited in vain is believed: until the guest is heard from again, what comes next fails at once. An operation of many
+  questions has ``OPERATION_TIME`` for all of them, since a guest may take its time with each.
 - The errno says which it was: EHOSTDOWN without a link, ETIMEDOUT without an answer, EIO for an answer that is none.
 - What was sent and not answered may have been done. If it changes anything it is never sent again.
 """
@@ -23,9 +24,9 @@ import trio
 
 from host_agent.client import hello
 from host_agent.guest_link import GuestLink
-from host_agent.view.tree import Tree
+from host_agent.view.tree import MAX_PLACES, Tree
 from protocol import codec, messages
-from protocol.errors import DecodeError, LinkError
+from protocol.errors import DecodeError, LinkError, LocalProtocolError
 from protocol.files import MAX_FILES_PAYLOAD, FileCall, MountReport, MountReports, MountShares, MountStage
 from protocol.link import Link, Service
 
@@ -39,10 +40,22 @@ PATIENCE: Final = 5.0
 ANSWER_TIME: Final = 15.0
 """Seconds. A sync of an emulated disk takes some; a shell that is told after a minute has been given up on before."""
 
+OPERATION_TIME: Final = 2
+"""Times ``ANSWER_TIME``. The kernel lets nobody be killed who waits for an operation that has begun."""
+
 MAX_BACKLOG: Final = 64 << 20
 """Bytes that wait to be written: one thread asks, for 1 MiB at a time."""
 
 _ERRNOS: Final = frozenset(errno.errorcode)
+
+_ELSE: Final = {
+    errno.ENODEV: errno.ESTALE,  # a place that has just gone
+    errno.ENOSYS: errno.EOPNOTSUPP,  # this kernel would never ask for such a thing again, and say that it was done
+    errno.EINTR: errno.EIO,  # programs try again for ever, here and below
+    errno.EAGAIN: errno.EIO,
+    errno.ENOTCONN: errno.EIO,  # what a view says that was killed
+}
+"""What errnos of the guest's are shown as, if they would mean something else here."""
 
 
 class Waiting(Generic[ResultT]):
@@ -90,15 +103,12 @@ class Waiting(Generic[ResultT]):
 
 
 def _understood(number: int) -> int:
-    """An errno of the guest's. A place that has just gone is no device."""
-    if number not in _ERRNOS:
-        return errno.EIO
-    return errno.ESTALE if number == errno.ENODEV else number
+    return _ELSE.get(number, number) if number in _ERRNOS else errno.EIO
 
 
 class Guest:
     """The link, its sessions one after the other, and what the guest shows. Made and run in trio's thread; ``begin``,
-    ``epoch`` and ``tree`` are for the other one."""
+    ``begin_operation``, ``epoch`` and ``tree`` are for the other one."""
 
     def __init__(
         self,
@@ -119,6 +129,7 @@ class Guest:
         self._session: Link | None = None
         self._lost_at = time.monotonic()
         self._silent_at = 0.0
+        self._end_at = float("inf")
         self._waiting: dict[Waiting[Any], Callable[[Link], None]] = {}
         self._under_way: set[Waiting[Any]] = set()
         self.tree = Tree()
@@ -185,7 +196,7 @@ class Guest:
                 MountReport(share.id, MountStage.MOUNTED)
                 if share.id in shown
                 else MountReport(share.id, MountStage.FAILED, "its path cannot be shown")
-                for share in request.shares
+                for share in request.shares[:MAX_PLACES]
             ]
         )
 
@@ -220,6 +231,10 @@ class Guest:
             link.call(call, payload, on_result)
         except LinkError as error:
             on_result(error)
+        except LocalProtocolError as error:  # a number of more than 64 bits, more data than a frame takes
+            logger.warning("what cannot be asked: %s", error)
+            self._under_way.discard(waiting)
+            waiting.fail(errno.EINVAL)
 
     async def _give_up(self) -> None:
         """Fail those who have waited for a link for too long."""
@@ -232,10 +247,19 @@ class Guest:
 
     # --- the thread that serves ----------------------------------------------------------------------
 
+    def begin_operation(self) -> None:
+        """What is asked from now on is one operation, until the next begins."""
+        self._end_at = time.monotonic() + OPERATION_TIME * self._answer_time
+
     def begin(self, call: FileCall[ResultT], payload: bytes = b"") -> Waiting[ResultT]:
         """Never waits, never raises."""
-        waiting = Waiting(call, self._on_silence, self._answer_time)
-        if self._silent_at and self._silent_at <= time.monotonic() < self._silent_at + self._answer_time:
+        now = time.monotonic()
+        left = self._end_at - now
+        if left < self._answer_time:  # that it is slow says nothing of what is asked next
+            waiting = Waiting(call, lambda: None, max(left, 0.0))
+        else:
+            waiting = Waiting(call, self._on_silence, self._answer_time)
+        if left <= 0 or (self._silent_at and self._silent_at <= now < self._silent_at + self._answer_time):
             waiting.fail(errno.ETIMEDOUT)
             return waiting
         try:

@@ -38,7 +38,15 @@ def read_wanted(record: Path) -> Wanted | None:
 
 def prepare(path: Path, paths: InstancePaths) -> None:
     """An empty folder for a view. Blocks. Raises ``UserError``."""
-    unmounting.unmount(str(path))  # of one whose processes were all killed
+    source = unmounting.source_of(paths.name)
+    unmounting.unmount(str(path), source)  # of one whose processes were all killed
+    for view in unmounting.views():
+        if view.path == str(path):
+            raise UserError(
+                f"{path} has a view of another instance ({view.source.split(':')[1]})",
+                "name another folder",
+                ExitCode.USAGE,
+            )
     try:
         if path == paths.view:
             path.mkdir(mode=0o700, exist_ok=True)
@@ -58,12 +66,20 @@ def prepare(path: Path, paths: InstancePaths) -> None:
 
 def clean(path: str, paths: InstancePaths) -> None:
     """Nothing is mounted at ``path`` any more; our own folder goes as well. Blocks for a moment."""
-    if not unmounting.unmount(path):
+    if not unmounting.unmount(path, unmounting.source_of(paths.name)):
         logger.error("the view at %s cannot be unmounted", path)
         return
     if path == str(paths.view):
         with suppress(OSError):
             paths.view.rmdir()
+
+
+def begin(path: str, paths: InstancePaths) -> None:
+    """Before each process: what an earlier one has left is off, and our own folder is there. Blocks for a moment."""
+    unmounting.unmount(path, unmounting.source_of(paths.name))
+    if path == str(paths.view):
+        with suppress(OSError):
+            paths.view.mkdir(mode=0o700, exist_ok=True)
 
 
 def remove_leftover(paths: InstancePaths) -> None:

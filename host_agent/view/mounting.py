@@ -17,9 +17,13 @@ import mfusepy
 from host_agent.view.attributes import Attributes
 from host_agent.view.files import NOW, OMIT, Files
 from host_agent.view.unmounting import SUBTYPE
+from protocol.files import MAX_DATA
 
 _UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 _NOBODY: Final = (1 << 32) - 1
+_FIRST_TIME, _LAST_TIME = -(1 << 63), (1 << 64) - 1
+"""ns since the epoch, 1677 to 2554: what a message can say. Filesystems end earlier, and take their last for what is
+later, too."""
 
 
 class FuseError(Exception):
@@ -52,9 +56,10 @@ class Operations:
 
     use_ns = True
 
-    def __init__(self, files: Files, mounted: Callable[[], None]) -> None:
+    def __init__(self, files: Files, mounted: Callable[[], None], begins: Callable[[], None]) -> None:
         self._files = files
         self._mounted = mounted
+        self.begins = begins
 
     def init_with_config(self, connection: Any, config: Any) -> None:
         # A file that is removed while it is open goes on by its handle, but for fstat(2), which the kernel asks without
@@ -62,6 +67,8 @@ class Operations:
         # open file becomes two, between which the guest's programs find none.
         config.hard_remove = config.nullpath_ok = 1
         config.use_ino = 1
+        # What one message takes; a kernel with a larger fs.fuse.max_pages_limit would send more.
+        connection.max_write = min(connection.max_write, MAX_DATA)
         self._mounted()
 
     def destroy(self, path: str) -> None:
@@ -193,6 +200,10 @@ def _decoded(path: bytes | None) -> str | None:
 class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
     """With what is dropped otherwise."""
 
+    def _wrapper(self, func: Callable[..., Any], *args: Any) -> Any:
+        self.operations.begins()
+        return super()._wrapper(func, *args)
+
     def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> None:
         self.operations.rename(os.fsdecode(old), os.fsdecode(new), flags)
 
@@ -220,20 +231,22 @@ def _time(time: Any) -> int:
     if time.tv_nsec == _UTIME_OMIT:
         return OMIT
     nanoseconds: int = time.tv_sec * 10**9 + time.tv_nsec
-    return 0 if nanoseconds in (NOW, OMIT) else nanoseconds
+    return 0 if nanoseconds in (NOW, OMIT) else min(max(nanoseconds, _FIRST_TIME), _LAST_TIME)
 
 
-def serve(files: Files, path: str, source: str, mounted: Callable[[], None]) -> None:
+def serve(
+    files: Files, path: str, source: str, mounted: Callable[[], None], begins: Callable[[], None]
+) -> None:
     """Mount and serve until somebody unmounts, or a SIGTERM comes to this thread. Raises ``FuseError``.
 
-    ``mounted`` is called once the kernel asks.
+    ``mounted`` is called once the kernel asks, ``begins`` before each operation.
     """
     if mfusepy.fuse_version_major != 3:
         raise FuseError(f"libfuse {mfusepy.fuse_version_major} was found, and libfuse 3 is needed")
     try:
         # One thread: what Python does in several takes turns anyway. The kernel keeps names and attributes for 1 s.
         _Fuse(
-            Operations(files, mounted),
+            Operations(files, mounted, begins),
             path,
             raw_fi=True,
             foreground=True,

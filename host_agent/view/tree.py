@@ -14,6 +14,9 @@ from protocol.files import MAX_NAME, Share
 
 MAX_PLACES: Final = 4096
 
+MAX_PATHS: Final = 192 << 10
+"""Bytes of all paths together: what the view shows is told in one message, as it came in one."""
+
 MAX_DEPTH: Final = 16
 """Components of a place's path; images have registries, and paths in them."""
 
@@ -41,12 +44,14 @@ class Tree:
         self.root = Directory()
         self.places: list[Place] = []
         numbers: set[int] = set()
+        room = MAX_PATHS
         for share in shares:
             path = components(share.path)
             if path is None or share.id in numbers or share.id <= 0 or len(self.places) == MAX_PLACES:
                 continue
+            room -= sum(map(len, path)) + len(path)
             place = Place(share.id, path, share.read_only)
-            if self._enter(place):
+            if room >= 0 and self._enter(place):
                 numbers.add(share.id)
                 self.places.append(place)
 

@@ -36,6 +36,8 @@ if not os.path.isdir(arguments[0]):
 log = open(sys.argv[1] + ".log", "a")
 log.write(json.dumps([os.getpid(), *arguments, os.environ.get("FUSE_LIBRARY_PATH")]) + "\\n")
 log.close()
+if not os.path.isdir(arguments[0]):
+    sys.exit("there is no folder to mount it on")
 if script.get("status") is not None:
     sys.exit(script["status"])
 
@@ -147,6 +149,7 @@ async def test_one_that_is_killed_is_shown_again(instance: InstancePaths) -> Non
         await scene.until(2)
         assert any("showing it again" in message for message in scene.said)
         assert (await scene.service.start(str(instance.view), "me")).stage is ViewStage.MOUNTED
+        assert len(scene.lives()) == 2
 
 
 async def test_one_that_does_not_stay_up_is_said_and_given_up(

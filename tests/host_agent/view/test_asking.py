@@ -264,10 +264,37 @@ async def test_an_answer_that_is_none_and_an_errno_that_is_none(folder: Path) ->
             (0, None, errno.EIO),
             (errno.EACCES, None, errno.EACCES),
             (errno.ENODEV, None, errno.ESTALE),
+            (
+                errno.ENOSYS,
+                None,
+                errno.EOPNOTSUPP,
+            ),  # for fsync(2) it would mean that there never is one again
+            (errno.EINTR, None, errno.EIO),
             (4000, None, errno.EIO),
         ):
             server.answer = lambda link, call, e=error, v=value: link.answer(call.id, e, v)  # type: ignore[misc]
             assert await ask(guest) == seen
+
+
+async def test_what_cannot_be_said_to_the_guest_ends_nothing(folder: Path) -> None:
+    server = Server(folder / "view.sock")
+    async with server.running(), asking(folder) as guest:
+        assert await guest.wait_arranged(30)
+        assert await ask(guest, SetAttributes(1, 0, 1, SET_MODE, mtime_ns=1 << 70)) == errno.EINVAL
+        assert await ask(guest) == 0
+
+
+async def test_an_operation_of_many_slow_answers_ends(folder: Path) -> None:
+    server = Server(folder / "view.sock")
+    async with server.running(), asking(folder, answer_time=0.5) as guest:
+        assert await guest.wait_arranged(30)
+        guest.begin_operation()
+        with trio.fail_after(30):
+            while (outcome := await ask(guest)) == 0:
+                await trio.sleep(0.1)
+        assert outcome == errno.ETIMEDOUT
+        guest.begin_operation()  # the next is not to blame
+        assert await ask(guest) == 0
 
 
 async def test_when_it_is_over_nobody_waits(folder: Path) -> None:

@@ -59,3 +59,9 @@ def test_whatever_the_guest_says_each_place_is_found_by_its_path_and_no_other(pa
         assert made.find(b"/" + b"/".join(place.path)) == (place, ())
         assert components("/" + b"/".join(place.path).decode()) == place.path
         assert not {b"", b".", b".."} & set(place.path)
+
+
+def test_all_paths_together_fit_into_a_message() -> None:
+    long = ["/" + "/".join([f"{number:03}", *["n" * 255] * 15]) for number in range(70)]
+    tree = Tree([Share(number + 1, path) for number, path in enumerate(long)])
+    assert 40 < len(tree.places) < 60
