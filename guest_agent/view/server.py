@@ -23,13 +23,13 @@ import trio
 from fileserver.budget import Budget
 from fileserver.calls import Calls
 from fileserver.control import SharedFolder
+from fileserver.foreign import ForeignDevices, is_fuse
 from fileserver.journal import Journal
 from fileserver.keepsakes import Keepsakes
 from fileserver.ledger import Ledger
 from fileserver.manner import Manner
 from fileserver.shares import Share
 from guest_agent.transports import OpenTransport
-from guest_agent.view.foreign import FuseDevices
 from guest_agent.view.overlay import Overlay
 from guest_agent.view.places import Place
 from guest_agent.view.watching import Watch
@@ -63,7 +63,7 @@ class Served:
     """A place at work."""
 
     def __init__(
-        self, number: int, place: Place, journal: Journal, budget: Budget, foreign: FuseDevices
+        self, number: int, place: Place, journal: Journal, budget: Budget, foreign: ForeignDevices
     ) -> None:
         self.number, self.place = number, place
         self._overlay = Overlay(place.layers) if place.layers else None
@@ -92,7 +92,7 @@ class ViewServer:
         self._numbers = itertools.count(1 + (random.getrandbits(30) << 16))
         self._journal = Journal(None)
         self._budget = Budget()
-        self._foreign = FuseDevices()
+        self._foreign = ForeignDevices(is_fuse)
         self._served: dict[str, Served] = {}
         self._shares: dict[int, Share] = {}
         self._lane = Lane()

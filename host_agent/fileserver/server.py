@@ -31,9 +31,11 @@ from fileserver.control import (
     ShareState,
     ShareStates,
 )
+from fileserver.foreign import ForeignDevices
 from fileserver.journal import Journal
 from fileserver.keepsakes import Keepsakes
 from fileserver.ledger import Kind, Ledger
+from fileserver.manner import Manner
 from fileserver.mountwatch import MountWatch, concerns
 from fileserver.nodes import Link as NameLink
 from fileserver.owner import Owner
@@ -44,6 +46,7 @@ from fileserver.watches import Changes, Watches
 from fileserver.workers import Completions
 from host_agent.client import hello
 from host_agent.guest_link import GuestLink
+from host_agent.view.unmounting import KIND
 from protocol.bulk import Bulk
 from protocol.errors import AgentctlProtocolError, ErrorCode, LinkError, RpcError
 from protocol.files import (
@@ -98,6 +101,9 @@ class FileServer:
         self._journal = journal
         self._keepsakes = Keepsakes() if keepsakes is None else keepsakes
         self._hidden = list(hidden)
+        # A guest's files that are shown in a shared folder are not shown to that guest, or another, again.
+        views = ForeignDevices(lambda kind: kind == KIND.encode())
+        self._manner = Manner(is_foreign=views.__contains__)
         self._budget = Budget()
         self._shares: dict[int, Share] = {}
         self._lane = Lane()
@@ -323,6 +329,7 @@ class FileServer:
             self._watches,
             lambda share, retraction: self._retractions.put((share, retraction)),
             lambda share, link, found: self._renewals.put((share, link, found)),
+            manner=self._manner,
         )
         self._nursery.start_soon(share.tend, self._to_announce.unpark_all, self._tell_gone)
         return share

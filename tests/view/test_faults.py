@@ -11,6 +11,7 @@ import pytest
 
 from guest_agent.view.places import Place
 from tests.files.harness import eventually
+from tests.files.service import SOURCES
 from tests.view.harness import View
 
 BOUND = 60
@@ -127,6 +128,28 @@ def test_a_guard_that_comes_late_spares_the_next_view(view: View) -> None:
     eventually("it has ended", lambda: not cmdline(guard), 60)
     assert view.is_mounted()
     assert works(view)
+
+
+def test_a_view_in_a_shared_folder_is_not_shared(view: View) -> None:
+    """Else a container that walks through the host's folder would come to its own files, by way of the host."""
+    script = """
+import sys
+from pathlib import Path
+from fileserver.foreign import ForeignDevices
+from fileserver.manner import Manner
+from fileserver.tree import Tree
+from host_agent.view.unmounting import KIND
+from protocol.files import ROOT, List, Lookup
+from tests.fileserver.served import Journal
+views = ForeignDevices(lambda kind: kind == KIND.encode())
+tree = Tree(sys.argv[1], read_only=False, recorder=Journal(), manner=Manner(is_foreign=views.__contains__))
+seen = tree.perform(Lookup(1, 0, ROOT, b"view")).value
+listing = tree.perform(List(1, 0, seen.node, 1, 0, True))
+print(len(listing.payload), len(list(Path(sys.argv[1], "view").iterdir())))
+tree.close()
+"""
+    said = view.python(script, str(view.path.parent), env={**os.environ, "PYTHONPATH": str(SOURCES)})
+    assert said == "0 1\n"
 
 
 def test_a_time_that_no_message_can_say_ends_nothing(view: View) -> None:
