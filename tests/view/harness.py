@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -164,12 +163,6 @@ class View:
     def view_pid(self) -> int:
         assert self._view is not None
         return self._view.pid
-
-    @property
-    def guard_pid(self) -> int:
-        children = Path(f"/proc/{self.view_pid}/task/{self.view_pid}/children").read_text().split()
-        (guard,) = [int(pid) for pid in children if b"guard" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return guard
 
     def kill_view(self) -> None:
         if self._view is not None:

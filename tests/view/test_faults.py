@@ -41,20 +41,20 @@ def failed(view: View, script: str) -> str:
     return finished.errors
 
 
-def cmdline(pid: int) -> bytes:
-    """Empty for one that has ended, and nobody has asked how."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
 def works(view: View) -> bool:
     finished = view.run(["cat", "volumes/db/file"], status=None, timeout=BOUND)
     return finished.output == "content\n"
 
 
-def test_a_killed_server_is_waited_for_and_open_files_go_on(view: View) -> None:
+@pytest.fixture
+def patient(guest: Path) -> Iterator[View]:
+    """As it is built: on a busy machine Python takes longer to begin than the hasty wait."""
+    with View(Place("/volumes/db", str(guest / "db"), read_only=False)) as view:
+        yield view
+
+
+def test_a_killed_server_is_waited_for_and_open_files_go_on(patient: View) -> None:
+    view = patient
     with view.start(
         [
             "sh",
@@ -114,19 +114,6 @@ def test_a_killed_view_leaves_an_empty_folder(view: View) -> None:
     view.sh('test -z "$(ls -A)"; touch x; rm x', cwd=view.path)
     view.start_view()
     view.wait_mounted()
-    assert works(view)
-
-
-def test_a_guard_that_comes_late_spares_the_next_view(view: View) -> None:
-    guard = view.guard_pid
-    os.kill(guard, signal.SIGSTOP)
-    view.kill_view()
-    view.namespace.run(["fusermount3", "-u", "-z", str(view.path)], cwd=Path("/"))
-    view.start_view()
-    view.wait_mounted()
-    os.kill(guard, signal.SIGCONT)
-    eventually("it has ended", lambda: not cmdline(guard), 60)
-    assert view.is_mounted()
     assert works(view)
 
 
