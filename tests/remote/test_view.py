@@ -1,4 +1,7 @@
-"""The files of an attached machine on this one: as root over there, and as an ordinary user."""
+"""The files of an attached machine on this one: as root over there, and as an ordinary user.
+
+What a mount, a link and a server each do when they are lost is in ``tests/view``; here it is a line that is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,17 +35,23 @@ def attached(request: pytest.FixtureRequest) -> Iterator[Site]:
         try:
             yield made
         finally:
-            made.user.detach()
-            for path in unmounting.mounted():
-                if path.startswith(f"{made.directory}/"):
-                    unmounting.unmount(path)
-                    raise AssertionError(f"{path} was left")
+            made.user.detach()  # with a view that is looked at
+            left = [path for path in unmounting.mounted() if path.startswith(f"{made.directory}/")]
+            for path in left:
+                unmounting.unmount(path)
+        assert left == []
+        assert list(made.user.directory.glob("view*/*")) == []
         eventually(lambda: not made.machine.agents())
+
+
+def state(attached: Site) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(attached.user.agentctl("view", "--json", timeout=200).stdout)
+    return shown
 
 
 @pytest.fixture(scope="module")
 def view(attached: Site) -> Path:
-    shown = json.loads(attached.user.agentctl("view", "--json", timeout=200).stdout)
+    shown = state(attached)
     assert shown["stage"] == "mounted", shown
     return Path(shown["path"])
 
@@ -81,20 +92,83 @@ def test_our_own_folders_over_there_are_shown_empty(attached: Site, view: Path) 
     assert shown.stdout == "", shown
 
 
-def test_a_killed_server_and_a_killed_host_agent(attached: Site, view: Path) -> None:
+def view_process(view: Path) -> int:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if words[1:4] == [b"-m", b"host_agent.view", os.fsencode(view)]:
+                return int(entry.name)
+    raise AssertionError("there is none")
+
+
+def test_a_killed_server_and_a_killed_view_and_a_killed_host_agent(attached: Site, view: Path) -> None:
     attached.machine.kill(attached.agent("view"))
 
     def works() -> bool:
         return run(["cat", f"{view}/machine/etc/hostname"]).returncode == 0
 
     eventually(works)
-    os.kill(attached.user.status()["agent_pid"], signal.SIGKILL)
-    eventually(works)
+    for kill in (view_process(view), attached.user.status()["agent_pid"]):
+        os.kill(kill, signal.SIGKILL)
+        eventually(works)
     assert [path for path in unmounting.mounted() if path == str(view)] == [str(view)]
 
 
+def test_what_can_be_packed_and_what_cannot(attached: Site, view: Path) -> None:
+    """Both ways: the connection packs what travels if that is worth it."""
+    attached.sh("seq 1000000 >~/text; head -c 5000000 /dev/urandom >~/noise")
+    for name in ("text", "noise"):
+        assert (
+            run(["cp", f"{home(attached, view)}/{name}", f"{home(attached, view)}/{name}.copy"]).stderr == ""
+        )
+        attached.sh(f"cmp ~/{name} ~/{name}.copy; rm ~/{name} ~/{name}.copy")
+
+
+def test_a_lost_line_is_told_and_waited_out(attached: Site, view: Path) -> None:
+    """What is asked fails, and says why; what the kernel has to ask nobody for goes on, and all comes back by itself."""
+    attached.sh("echo before >~/kept")
+    attached.line.refuse()
+    try:
+        eventually(lambda: not state(attached)["connected"])
+        assert state(attached)["reason"]
+        for argv in (
+            ["cat", f"{view}/machine/etc/passwd"],
+            ["ls", f"{home(attached, view)}"],
+            ["sh", "-c", f"echo lost >{home(attached, view)}/kept"],
+        ):
+            assert "Host is down" in run(argv).stderr
+        assert run(["ls", str(view)]).stdout.split() == ["home", "machine"]
+    finally:
+        attached.line.restore()
+    attached.user.wait_connected()
+    eventually(lambda: run(["cat", f"{home(attached, view)}/kept"]).stdout == "before\n")
+    assert run(["sh", "-c", f"echo after >{home(attached, view)}/kept"]).stderr == ""
+    assert attached.sh("cat ~/kept") == "after\n"
+
+
+@pytest.mark.long
+def test_a_line_that_is_silent_is_given_up(attached: Site, view: Path) -> None:
+    attached.line.cut()
+    try:
+        said = run(["cat", f"{view}/machine/etc/passwd"]).stderr
+        assert "timed out" in said or "Host is down" in said
+    finally:
+        attached.line.restore()
+    attached.user.wait_connected()
+    eventually(lambda: run(["cat", f"{view}/machine/etc/hostname"]).returncode == 0)
+
+
 def test_it_is_ended_and_leaves_nothing(attached: Site, view: Path) -> None:
+    """Over a line, and without one."""
     attached.user.agentctl("view", "--end")
     assert not view.exists()
-    assert str(view) not in unmounting.mounted()
-    attached.user.agentctl("view", timeout=200)  # for the detaching
+    assert state(attached)["stage"] == "mounted"
+    attached.line.refuse()
+    try:
+        attached.user.agentctl("view", "--end", timeout=BOUND)
+        assert not view.exists()
+        assert str(view) not in unmounting.mounted()
+    finally:
+        attached.line.restore()
+    attached.user.wait_connected()
+    assert state(attached)["stage"] == "mounted"
