@@ -570,6 +570,7 @@ def test_a_virtual_environment_is_made_again_when_its_python_has_gone(prepared: 
             "openssh-client gcc libc6-dev openssh-server",
         ),
         (("files", "--without-vm"), "tests.bench.files --without-vm", ""),
+        (("view", "--rounds", "2"), "tests.bench.view --rounds 2", "openssh-client sshfs"),
         (
             ("attached", "--delays", "20"),
             "tests.bench.attached --delays 20",
@@ -590,5 +591,5 @@ def test_bench_installs_what_is_compared_and_runs_it(
 
 
 def test_benchs_words_for_its_programs_are_theirs() -> None:
-    for name in ("files", "ports"):
+    for name in ("attached", "files", "ports", "view"):
         assert (REPOSITORY / "tests/bench" / name / "__main__.py").is_file()
