@@ -31,7 +31,11 @@ def view(path: Path | None, owner: str | None, end: bool, as_json: bool) -> None
     """Show the guest's files in a folder of this machine: volumes, containers, images, homes.
 
     They are there until the instance stops, or "agentctl view --end". PATH is an empty folder; without one they
-    are in a folder of the instance. What is read-only says so; names and attributes may be a second old.
+    are in a folder of the instance, which is printed, with what is below it and whether that may be changed:
+    volumes, homes and containers that run, the rest is read-only.
+
+    Names and attributes are kept briefly, so what the guest changes is seen within two seconds. A guest that is away
+    is an error after some seconds, never a wait for longer. This takes FUSE (Debian: fuse3).
     """
     paths = current_instance()
     require_running(paths)
