@@ -96,7 +96,6 @@ class Machine:
             raise AssertionError("the machine did not come up")
         pid = self._unshare.pid
         self.pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
-        self._born_with = set(self._fuse_mounts())
         return self
 
     def _description(self) -> dict[str, object]:
@@ -122,7 +121,7 @@ class Machine:
         if kind is not None:
             print(f"--- sshd\n{self.log()[-4000:]}")
             print(f"--- processes\n{self.processes()}")
-        if hasattr(self, "_born_with") and (mounts := self.fuse_mounts()):
+        if hasattr(self, "pid") and (mounts := self.fuse_mounts()):
             subprocess.run(self.command([PYTHON, "-c", FORCE_DETACH, *mounts]), timeout=30, check=False)
         self._unshare.kill()
         self._unshare.wait(20)
@@ -198,11 +197,7 @@ class Machine:
             os.kill(pid, signal.SIGKILL)
 
     def fuse_mounts(self) -> list[str]:
-        """Where something is mounted that a user's process serves, innermost first. Not what it was born with: those
-        are others' (a view of another test), and to force one here ends it for them."""
-        return [path for path in self._fuse_mounts() if path not in self._born_with]
-
-    def _fuse_mounts(self) -> list[str]:
+        """Where something is mounted that a user's process serves, innermost first."""
         try:
             lines = Path(f"/proc/{self.pid}/mounts").read_text().splitlines()
         except OSError:

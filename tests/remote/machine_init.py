@@ -24,6 +24,7 @@ import time
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 MS_NOSUID, MS_NODEV, MS_BIND = 2, 4, 4096
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 SSHD = "/usr/sbin/sshd"
 
 
@@ -33,6 +34,17 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
     )
     if done != 0:
         raise OSError(ctypes.get_errno(), f"mount {target}: {os.strerror(ctypes.get_errno())}")
+
+
+def leave_fuse() -> None:
+    """What users of this system have mounted is not this machine's: whoever forces its mounts would abort theirs."""
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+        found = [line.split(" ")[1:3] for line in mounts]
+    for path, kind in reversed(found):
+        if kind == "fuse" or kind.startswith("fuse."):
+            LIBC.umount2(
+                os.fsencode(path).decode("unicode_escape").encode("latin-1"), MNT_DETACH | UMOUNT_NOFOLLOW
+            )
 
 
 def loopback_up() -> None:
@@ -55,6 +67,7 @@ def make_home(uid: int, home: str, authorized: str) -> None:
 
 
 def make(machine: dict) -> None:
+    leave_fuse()
     loopback_up()
     mount("tmpfs", "/run", "tmpfs", 0, "mode=755")
     os.mkdir("/run/sshd", 0o755)
