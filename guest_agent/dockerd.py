@@ -30,7 +30,7 @@ def ask(docker: Path, path: str, patience: float, most: int) -> bytes:
                 raise ValueError("dockerd says too much")
     head, _, body = bytes(answer).partition(b"\r\n\r\n")
     if not _is_answer(head):
-        raise ValueError("dockerd refused")
+        raise ValueError(f"dockerd refused {path}")
     return body
 
 
@@ -54,12 +54,17 @@ def hear(docker: Path, kind: str, event: str, since: float, patience: float) -> 
     return False
 
 
+def request(path: str) -> bytes:
+    """What asks for ``path``."""
+    return f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode()
+
+
 def _connected(docker: Path, path: str, patience: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(patience)
         connection.connect(os.fspath(docker))
-        connection.sendall(f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+        connection.sendall(request(path))
     except BaseException:
         connection.close()
         raise

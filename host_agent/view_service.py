@@ -29,7 +29,7 @@ from host_agent.paths import InstancePaths
 from host_agent.process import describe_exit
 from host_agent.view import PROGRAM, library
 from host_agent.view.control import GetViewState, ViewChanged, ViewState
-from host_agent.view.leftover import Wanted, begin, clean, prepare, read_wanted
+from host_agent.view.leftover import Wanted, clean, prepare, read_wanted
 from protocol.api import View, ViewStage
 from protocol.errors import AgentctlProtocolError, LinkClosed
 from protocol.link import Link, Service
@@ -183,7 +183,6 @@ class ViewService:
         self._life = trio.CancelScope()
         try:
             with self._life:
-                await trio.to_thread.run_sync(begin, wanted.path, self._paths)
                 status = await self._live(wanted)
         finally:
             with trio.CancelScope(shield=True):

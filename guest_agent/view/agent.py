@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from guest_agent.owners import DOCKER
+from guest_agent import dockerd
 from guest_agent.remote.capabilities import docker_sockets
 from guest_agent.transports import PORTS, OpenTransport
 from guest_agent.view.around import in_vm, on_machine
@@ -35,7 +35,7 @@ async def run(open_transport: OpenTransport, *, vm: bool = True, watch: Watch | 
     sys.setswitchinterval(SWITCH_INTERVAL)
     _raise_descriptor_limit()
     if watch is None:
-        watch = Watch(in_vm if vm else on_machine, [DOCKER] if vm else _distinct(docker_sockets()))
+        watch = Watch(in_vm if vm else on_machine, [dockerd.SOCKET] if vm else _distinct(docker_sockets()))
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
             server = ViewServer(nursery, watch)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ from urllib.parse import quote
 
 import trio
 
+from guest_agent import dockerd
 from guest_agent.view import places
 from guest_agent.view.places import MALFORMED, RUNNING, Layers, Place
 
@@ -98,24 +98,8 @@ class Docker:
         return self._layers[id]
 
     def _ask(self, path: str) -> Any:
-        """HTTP/1.0: the answer is not in chunks. Raises ``OSError``, ``ValueError``."""
-        answer = bytearray()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(PATIENCE)
-            connection.connect(os.fspath(self.address))
-            connection.sendall(_request(path))
-            while data := connection.recv(65536):
-                answer += data
-                if len(answer) > MAX_ANSWER:
-                    raise ValueError("dockerd says too much")
-        head, _, body = bytes(answer).partition(b"\r\n\r\n")
-        if b" 200 " not in head.split(b"\r\n")[0]:
-            raise ValueError(f"dockerd refused {path}")
-        return json.loads(body)
-
-
-def _request(path: str) -> bytes:
-    return f"GET {path} HTTP/1.0\r\nHost: docker\r\n\r\n".encode()
+        """Raises ``OSError``, ``ValueError``."""
+        return json.loads(dockerd.ask(self.address, path, PATIENCE, MAX_ANSWER))
 
 
 async def hear(address: Path, news: Callable[[], None]) -> None:
@@ -123,6 +107,6 @@ async def hear(address: Path, news: Callable[[], None]) -> None:
     ``trio.BrokenResourceError``."""
     filters = quote(json.dumps({"event": list(EVENTS)}), safe="")
     async with await trio.open_unix_socket(address) as connection:
-        await connection.send_all(_request(f"/events?filters={filters}"))
+        await connection.send_all(dockerd.request(f"/events?filters={filters}"))
         async for _ in connection:
             news()

@@ -74,14 +74,6 @@ def clean(path: str, paths: InstancePaths) -> None:
             paths.view.rmdir()
 
 
-def begin(path: str, paths: InstancePaths) -> None:
-    """Before each process: what an earlier one has left is off, and our own folder is there. Blocks for a moment."""
-    unmounting.unmount(path, unmounting.source_of(paths.name))
-    if path == str(paths.view):
-        with suppress(OSError):
-            paths.view.mkdir(mode=0o700, exist_ok=True)
-
-
 def remove_leftover(paths: InstancePaths) -> None:
     """What a run has left of a view, undone; by whoever has the instance's lock."""
     wanted = read_wanted(paths.view_record)
