@@ -36,7 +36,7 @@ def test_the_uppermost_is_seen_and_nothing_is_mounted_anywhere(layers: list[str]
     assert Path(f"/proc/self/fd/{root}/same").read_text() == "upper"
     with pytest.raises(OSError, match="Read-only"):
         Path(f"/proc/self/fd/{root}/same").write_text("changed")
-    assert "agentctl-view" not in Path("/proc/self/mountinfo").read_text()
+    assert " overlay agentctl-view " not in Path("/proc/self/mountinfo").read_text()
     overlay.close()
     assert Path(f"/proc/self/fd/{root}/same").read_text() == "upper"  # who has it, has it
     os.close(root)
