@@ -82,7 +82,7 @@ def measure(chosen: argparse.Namespace, work: Path, started: float) -> Report:
     arguments = ["--cpus", str(chosen.cpus), "--memory", "2GiB", "--disk", "20GiB", "--accel", chosen.accel]
     say("starting the VM")
     with (
-        instances.running(work, Devices(str(qemu), ((port, 22),)), arguments) as instance,
+        instances.running(work, Devices(str(qemu), ((port, peers.SSHD_PORT),)), arguments) as instance,
         contextlib.ExitStack() as stack,
     ):
         accelerator = str(instance.status().get("accelerator", "unknown"))
