@@ -112,7 +112,7 @@ def measure(chosen: argparse.Namespace, work: Path, started: float) -> Report:
             **program.host(qemu),
             "guest": f"{instance.guest('uname -r').strip()}, {chosen.cpus} cpus, 2 GiB",
             "accelerator": accelerator,
-            "sshfs": program.first_line("sshfs", "--version"),
+            "fuse": program.first_line("fusermount3", "--version"),
             "docker": program.first_line(*volume.command("--version")),
         }
     bad = any(sample.error for sample in samples) or bool(report.disagreements(samples))
