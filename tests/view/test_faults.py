@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,27 @@ def test_a_lost_link(view: View) -> None:
     with view.port.cut():
         assert DOWN in failed(view, "sleep 1.5; cat volumes/db/file")
     eventually("it is there again", lambda: works(view), 60)
+
+
+def test_a_change_that_waits_for_the_next_server_is_made_in_its_own_volume_or_not_at_all(guest: Path) -> None:
+    places = [Place(f"/volumes/{name}", str(guest / name), read_only=False) for name in ("one", "other")]
+    for place in places:
+        Path(place.source).mkdir()
+    with View(*places) as view:
+        view.sh("ls volumes/one volumes/other")
+        with view.port.cut():
+            view.kill_guest()
+            view.tell(*reversed(places))
+            view.start_guest()
+            # The link is known to be down, so this waits for the next.
+            waiting = view.start(["mkdir", "volumes/one/new"])
+            time.sleep(1)
+        with waiting:
+            finished = waiting.wait(BOUND)
+        assert finished.status == 0 or DOWN in finished.errors, finished
+        assert [path.name for path in guest.glob("o*/*")] == ["new"] * (finished.status == 0)
+        assert not (guest / "other/new").exists()
+        eventually("it goes on", lambda: view.run(["ls", "volumes/one"], status=None).status == 0, 60)
 
 
 def test_a_killed_view_leaves_an_empty_folder(view: View) -> None:
