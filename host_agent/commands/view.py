@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 import click
+import trio
 
 from host_agent import groups
 from host_agent.client import RESTART_TIME, connected
 from host_agent.commands.common import current_instance, json_option, require_running
 from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
-from protocol.api import EndView, GetView, StartView, View
+from host_agent.view import library
+from protocol.api import EndView, GetView, StartView, View, ViewStage
 
 #: Seconds: the host agent gives up before.
 PATIENCE = 120.0
@@ -54,6 +56,10 @@ def view(path: Path | None, owner: str | None, end: bool, as_json: bool) -> None
 async def _start(paths: InstancePaths, path: str, owner: str) -> View:
     async with connected(paths, patience=RESTART_TIME) as link:
         now = await link.request(GetView())
+        if (
+            now.stage is ViewStage.OFF
+        ):  # asked here as well, since how a command ends is not told over the socket
+            await trio.to_thread.run_sync(library.check)
         return await link.request(StartView(path or now.path, owner or now.owner), timeout=PATIENCE)
 
 

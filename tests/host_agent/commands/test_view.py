@@ -11,10 +11,25 @@ from click.testing import CliRunner, Result
 
 from host_agent import state
 from host_agent.cli import cli
-from host_agent.errors import UserError
+from host_agent.errors import ExitCode, UserError
 from host_agent.paths import InstancePaths
+from host_agent.view import library
 from protocol.api import View, ViewPlace, ViewStage
 from tests.host_agent.test_api_server import served
+
+
+@pytest.fixture(autouse=True)
+def fuse(monkeypatch: pytest.MonkeyPatch) -> list[UserError]:
+    """What is missing on this machine."""
+    missing: list[UserError] = []
+
+    def check() -> str:
+        for error in missing:
+            raise error
+        return "libfuse3.so.3"
+
+    monkeypatch.setattr(library, "check", check)
+    return missing
 
 
 async def call(instance: InstancePaths, *words: str) -> Result:
@@ -76,6 +91,19 @@ async def test_to_end_it_takes_no_folder(instance: InstancePaths) -> None:
     async with served(instance):
         done = await call(instance, "--end", "/tmp")
         assert isinstance(done.exception, UserError | SystemExit | click.ClickException)
+
+
+async def test_without_fuse_it_ends_as_without_any_other_program(
+    instance: InstancePaths, fuse: list[UserError]
+) -> None:
+    fuse.append(UserError("this machine has no FUSE library", "install it", ExitCode.DEPENDENCY))
+    async with served(instance) as running:
+        running.instance.view = View(ViewStage.OFF, "/there", "me")
+        done = await call(instance)
+        assert isinstance(done.exception, UserError)
+        assert done.exception.exit_code == ExitCode.DEPENDENCY
+        assert running.instance.view.stage is ViewStage.OFF
+        assert (await call(instance, "--end")).exit_code == 0
 
 
 async def test_why_it_cannot_be_is_told(instance: InstancePaths) -> None:
