@@ -11,6 +11,10 @@ from tests.bench.instance import Instance
 CIPHERS = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 
 
+PORT = 2022
+"""Of an sshd of the bench's in the guest: forwards to the guest's own, 22, agentctl takes for what it left, and removes."""
+
+
 def command(key: Path, port: int, script: str) -> list[str]:
     """Root's shell in the guest, whose sshd answers at ``port`` of localhost, runs ``script``."""
     return [*options(key, port), "root@127.0.0.1", "--", script]
@@ -37,10 +41,11 @@ def new_key(path: Path) -> Path:
 
 
 def authorize(instance: Instance) -> Path:
-    """Let this host into the guest as root; the key for it."""
+    """Let this host into the guest as root, by an sshd at ``PORT``; the key for it."""
     key = new_key(instance.directory / "key")
     instance.guest(
-        "umask 077; mkdir -p /etc/agentctl; chmod 755 /etc/agentctl; cat >/etc/agentctl/authorized_keys",
+        "umask 077; mkdir -p /etc/agentctl; chmod 755 /etc/agentctl; cat >/etc/agentctl/authorized_keys\n"
+        f'mkdir -p -m 755 /run/sshd; [ -n "$(ss -Hltn sport = :{PORT})" ] || /usr/sbin/sshd -p {PORT}',
         input=key.with_suffix(".pub").read_bytes(),
     )
     return key

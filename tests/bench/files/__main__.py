@@ -27,7 +27,7 @@ from pathlib import Path
 from host_agent.boot import find_qemu
 from host_agent.errors import UserError
 from tests.bench import instance as instances
-from tests.bench import program
+from tests.bench import program, ssh
 from tests.bench.files import local, peers, report, runner, trees
 from tests.bench.files.driver import Driver
 from tests.bench.files.freshness import Watcher, measure
@@ -131,7 +131,7 @@ def in_vm(chosen: argparse.Namespace, work: Path) -> Outcome:
     ssh_port = free_port()
     devices = Devices(
         qemu=str(find_qemu()),
-        ports=((ssh_port, 22),),
+        ports=((ssh_port, ssh.PORT),),
         virtiofsd=peers.virtiofsd(shared) if "virtiofs" in names else (),
         socket=str(work / "virtiofs.sock"),
         log=str(work / "virtiofsd.log"),

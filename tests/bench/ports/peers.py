@@ -86,7 +86,7 @@ class Ports:
 
     @property
     def of_qemu(self) -> tuple[tuple[int, int], ...]:
-        return (self.sshd, 22), (self.hostfwd, self.server)
+        return (self.sshd, ssh.PORT), (self.hostfwd, self.server)
 
 
 class Local:

@@ -16,7 +16,7 @@ from tests.free_ports import free_port
 def test_qemu_is_told_of_the_two_ports_that_lead_into_the_guest() -> None:
     devices = Devices("qemu", Ports(server=8000, sshd=2222, hostfwd=8001).of_qemu)
     [_, network] = with_devices(["-netdev", "user,id=net"], devices)
-    assert network == "user,id=net,hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=tcp:127.0.0.1:8001-:8000"
+    assert network == "user,id=net,hostfwd=tcp:127.0.0.1:2222-:2022,hostfwd=tcp:127.0.0.1:8001-:8000"
 
 
 def test_ssh_forwards_from_localhost_to_localhost() -> None:

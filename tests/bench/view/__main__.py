@@ -22,7 +22,7 @@ from pathlib import Path
 from host_agent.boot import find_qemu
 from host_agent.errors import UserError
 from tests.bench import instance as instances
-from tests.bench import program
+from tests.bench import program, ssh
 from tests.bench.files import report
 from tests.bench.files.report import OURS, Report
 from tests.bench.instance import Instance, InstanceFailed
@@ -82,7 +82,7 @@ def measure(chosen: argparse.Namespace, work: Path, started: float) -> Report:
     arguments = ["--cpus", str(chosen.cpus), "--memory", "2GiB", "--disk", "20GiB", "--accel", chosen.accel]
     say("starting the VM")
     with (
-        instances.running(work, Devices(str(qemu), ((port, peers.SSHD_PORT),)), arguments) as instance,
+        instances.running(work, Devices(str(qemu), ((port, ssh.PORT),)), arguments) as instance,
         contextlib.ExitStack() as stack,
     ):
         accelerator = str(instance.status().get("accelerator", "unknown"))

@@ -35,9 +35,6 @@ CONTAINER = "bench"
 #: Seconds for a mount; an emulated guest starts a process of Python, or an sshd and its handshake.
 MOUNT_TIME = 120.0
 
-SSHD_PORT = 2022
-"""Of an sshd of the bench's in the guest: forwards to the guest's own, 22, agentctl takes for what it left, and removes."""
-
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 """In the guest, by its path: what its sshd offers by which name is not the question."""
 
@@ -136,7 +133,6 @@ class Sshfs(Mount):
         self.tree = instance.directory / "sshfs"
         self._log = instance.directory / "sshfs.log"
         self._source = f"root@127.0.0.1:{volume.path}"
-        instance.guest(f"mkdir -p /run/sshd && /usr/sbin/sshd -p {SSHD_PORT}")
         # A program, since sshfs takes what is between commas for options of its own.
         self._ssh = instance.directory / "sshfs-ssh"
         self._ssh.write_text(
