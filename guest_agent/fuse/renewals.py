@@ -42,11 +42,11 @@ class Renewals:
         return self._names.pop((directory, name), None) if self._names else None
 
     def changed(self, changed: Changed) -> None:
-        """The host says so. What is in a directory that has changed may be something else by now."""
+        """The host says so. What is in a directory that has changed may be something else by now, and the directory
+        itself, by its own name, has other attributes."""
         if self._names:
-            self._drop_all(
-                {*changed.parents, *changed.directories}, {*changed.nodes, *changed.attributes_only}
-            )
+            directories = {*changed.parents, *changed.directories}
+            self._drop_all(directories, {*directories, *changed.nodes, *changed.attributes_only})
 
     def drop(self, *nodes: int) -> None:
         """The guest has changed what names stand for."""

@@ -56,6 +56,8 @@ TAKEN_BACK: dict[str, Callable[[Volume], None]] = {
     "the host's word about the name": lambda volume: volume.take_back(Changed(7, [5], [b"name"])),
     "about another name there": lambda volume: volume.take_back(Changed(7, [5], [b"other"], directories=[5])),
     "about the file": lambda volume: volume.take_back(Changed(7, nodes=[9], through=[5])),
+    "about a name in it, if it is a directory": lambda volume: volume.take_back(Changed(7, [9], [b"inner"])),
+    "about it, if it is a directory": lambda volume: volume.take_back(Changed(7, directories=[9], above=[5])),
     "an own change of names": lambda volume: volume.name_changed(5, b"name", b"", NameChange.MADE),
     "an own write": lambda volume: volume.data_changed(9),
     "the end of the session": lambda volume: volume.void(),
