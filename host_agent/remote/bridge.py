@@ -94,7 +94,10 @@ class Output(Session):
 
 
 class Bridge(Session):
-    """Carries bytes between ``client``, which it owns, and a command, until either has ended."""
+    """Carries bytes between ``client``, which it owns, and a command, until either has ended.
+
+    A command that has ended is not over before its client has read all of it: the rest is here, and nowhere else.
+    """
 
     def __init__(self, client: socket.socket) -> None:
         super().__init__()
@@ -105,6 +108,7 @@ class Bridge(Session):
         self._reading = False
         self._gone = False
         self._last = False  # the command has said all
+        self._closed = False  # its channel too, and what is unsent is all that there is
         self.hung_up = False
         """Whether it was the client who has ended it."""
 
@@ -178,16 +182,18 @@ class Bridge(Session):
             data = b""
         if not data:
             self._hang_up()
-        elif self.channel.is_closing():
-            self._leave()
-        else:
+        elif not self.channel.is_closing():
             self.channel.write(data)
+        elif not self._unsent:
+            self._leave()
+        # Else the command has ended: it takes nothing, but its client has more to read.
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._unsent:
-            self._leave()
-        else:
-            self._last = True
+        """With the line its client is lost at once; an end in order waits for it."""
+        if self._unsent and exc is None:
+            self._last = self._closed = True
+            return
+        self._leave()
         super().connection_lost(exc)
 
     def left(self) -> bool:
@@ -199,7 +205,7 @@ class Bridge(Session):
         return bool(poll.poll(0))
 
     def _hang_up(self) -> None:
-        self.hung_up = True
+        self.hung_up = not self.channel.is_closing()
         self._leave()
 
     def _leave(self) -> None:
@@ -212,6 +218,8 @@ class Bridge(Session):
         self._loop.remove_writer(self._client)
         self._client.close()
         self.channel.close()
+        if self._closed:
+            super().connection_lost(None)
 
     def abandon(self) -> None:
         """The client is closed, whatever was under way to it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -15,7 +16,7 @@ import trio
 
 from host_agent import clock_jumps
 from host_agent.errors import UserError
-from host_agent.remote import connection, ssh_config, ssh_line, ssh_thread
+from host_agent.remote import bridge, connection, ssh_config, ssh_line, ssh_thread
 from host_agent.remote.failures import Refused, Unreachable
 from host_agent.remote.machine import Address
 from host_agent.remote.ssh_thread import Finished, SshLines
@@ -514,6 +515,60 @@ async def test_what_a_command_says_last_arrives_and_then_the_end(
             while not ended:
                 await trio.sleep(0.02)
     assert ended == [Finished(3, b"", b"so it is\n")]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client's socket takes less than one packet: of what it does not read, a rest is always the bridge's."""
+
+    class Narrow(bridge.Bridge):
+        def __init__(self, client: socket.socket) -> None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            super().__init__(client)
+
+    monkeypatch.setattr(bridge, "Bridge", Narrow)
+
+
+async def closed(sshd: Sshd, commands: int) -> None:
+    """So many commands have ended, and here that has been heard."""
+    with trio.fail_after(PATIENCE):
+        while sshd.log().count("Close session") < commands:
+            await trio.sleep(0.05)
+    await trio.sleep(0.3)
+
+
+async def test_what_a_command_says_last_waits_for_a_client_that_reads_after_its_end(
+    sshd: Sshd, client: Client, address: Address, folder: Path, narrow: None
+) -> None:
+    """Nor does it matter that the client writes first, what nobody takes any more."""
+    client.may_enter(sshd)
+    ended: list[Finished] = []
+    command = "head -c 20000 /dev/zero; exit 3"
+    async with standing(address) as line, carried(line, folder / "s", command, ended):
+        for commands, late in (1, b""), (2, bytes(MIB)):
+            async with await connected(folder / "s") as stream:
+                await closed(sshd, commands)
+                await stream.send_all(late)
+                assert len(await exactly(stream, 20001)) == 20000
+            with trio.fail_after(PATIENCE):
+                while len(ended) < commands:
+                    await trio.sleep(0.02)
+    assert ended == 2 * [Finished(3, b"", b"")]
+
+
+async def test_a_command_has_ended_by_itself_also_where_its_client_does_not_read_the_rest(
+    sshd: Sshd, client: Client, address: Address, folder: Path, narrow: None
+) -> None:
+    client.may_enter(sshd)
+    ended: list[Finished] = []
+    command = "head -c 20000 /dev/zero; exit 3"
+    async with standing(address) as line, carried(line, folder / "s", command, ended):
+        async with await connected(folder / "s"):
+            await closed(sshd, 1)
+        with trio.fail_after(PATIENCE):
+            while not ended:
+                await trio.sleep(0.02)
+    assert ended == [Finished(3, b"", b"")]
 
 
 async def test_a_client_that_does_not_read_stops_the_command_and_nobody_else(
