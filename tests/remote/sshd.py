@@ -1,7 +1,7 @@
 """A real sshd for tests, on a loopback port, and a home folder for who connects to it.
 
-The law: nothing of the machine's own SSH is used or changed: host key, authorized keys, known_hosts and configuration
-are a test's own. Started by root it serves every account, by an ordinary user that user. ``prefix`` starts it elsewhere (``nsenter …``).
+The law: nothing of the machine's own SSH is used or changed: host key, authorized keys, known_hosts, configuration and
+the home of its sessions are a test's own. Started by root it serves every account, by an ordinary user that user. ``prefix`` starts it elsewhere (``nsenter …``).
 """
 
 from __future__ import annotations
@@ -76,10 +76,14 @@ class Sshd:
         self.authorized_keys = self.folder / "authorized_keys"
         self.authorized_keys.touch()
         self._process: subprocess.Popen[bytes] | None = None
-        given = " ".join(f'"{name}={value}"' for name, value in (environment or {}).items())
+        # The account's own files for shells may take a second, or wait for a lock that a killed session has left.
+        home = self.folder / "home"
+        home.mkdir()
+        home.chmod(0o1777)
+        given = {"HOME": str(home), **(environment or {})}
         lines = [
             *settings,
-            *([f"SetEnv {given}"] if given else []),
+            "SetEnv " + " ".join(f'"{name}={value}"' for name, value in given.items()),
             f"ListenAddress {self.address}:{self.port}",
             f"HostKey {self.host_key}",
             f"AuthorizedKeysFile {self.authorized_keys}",
