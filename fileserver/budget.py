@@ -8,15 +8,28 @@ laws:
 
 from __future__ import annotations
 
+import logging
 import resource
 import threading
 from typing import Final, Protocol
+
+logger = logging.getLogger(__name__)
 
 MOST_NODES: Final = 16384
 """Descriptors of a share by which its files are found: beyond this, a walk costs no more than the table's memory."""
 
 FEWEST: Final = 16
 """Of each kind, for every share."""
+
+
+def raise_limit() -> None:
+    """Have as many as this process may; before there is a ``Budget``, which goes by that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:  # macOS calls a limit "infinity" that it does not grant
+            logger.warning("only %d descriptors: %s", soft, error)
 
 
 class Member(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Final
 
 import trio
 
+from fileserver.budget import raise_limit
 from guest_agent import dockerd
 from guest_agent.remote.capabilities import docker_sockets
 from guest_agent.transports import PORTS, OpenTransport
@@ -33,7 +33,7 @@ async def run(open_transport: OpenTransport, *, vm: bool = True, watch: Watch | 
     # The host says which permissions a new file has, its umask is already in them.
     os.umask(0)
     sys.setswitchinterval(SWITCH_INTERVAL)
-    _raise_descriptor_limit()
+    raise_limit()
     if watch is None:
         watch = Watch(in_vm if vm else on_machine, [dockerd.SOCKET] if vm else _distinct(docker_sockets()))
     async with trio.open_nursery() as nursery:
@@ -50,12 +50,3 @@ async def run(open_transport: OpenTransport, *, vm: bool = True, watch: Watch | 
 def _distinct(sockets: Sequence[Path]) -> list[Path]:
     """Without those that are others by another name: /var/run is a link to /run."""
     return list({os.path.realpath(socket): socket for socket in reversed(sockets)}.values())[::-1]
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError) as error:
-            log.warning("agent.descriptors soft=%d error=%s", soft, error)

@@ -73,9 +73,8 @@ class Watch:
             self._of_docker = await trio.to_thread.run_sync(self._ask_docker, abandon_on_cancel=True)
         around = await trio.to_thread.run_sync(self._around, abandon_on_cancel=True)
         # In the order in which it matters should there be too many.
-        first = [place for place in self._of_docker if not place.path.startswith("/images/")]
-        images = [place for place in self._of_docker if place.path.startswith("/images/")]
-        return arranged([*around, *first, *images])
+        images_last = sorted(self._of_docker, key=lambda place: place.path.startswith("/images/"))
+        return arranged([*around, *images_last])
 
     def _ask_docker(self) -> list[Place]:
         for address in self._sockets:

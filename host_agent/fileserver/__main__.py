@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import trio
 
+from fileserver.budget import raise_limit
 from fileserver.journal import Journal
 from fileserver.keepsakes import Keepsakes
 from host_agent import groups
@@ -35,7 +35,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=FORMAT)
     # The guest says which permissions a new file has, its umask is already in them.
     os.umask(0)
-    _raise_descriptor_limit()
+    raise_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
     groups.run(_serve, arguments)
 
@@ -50,15 +50,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--packed", action="store_true", help="pack what travels where that pays")
     parser.add_argument("--hide", action="append", default=[], help="a directory that guests see empty")
     return parser.parse_args()
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError) as error:  # macOS calls a limit "infinity" that it does not grant
-            logger.warning("only %d descriptors: %s", soft, error)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:

@@ -188,10 +188,12 @@ class AttachedAgent(InstanceAgent):
     async def _serve_view(self, wanted: bool) -> None:
         """Nothing of it is there, and no connection is made for it, while nobody looks."""
         await trio.lowlevel.checkpoint()
-        if not wanted or self._carrying_view is not None:
-            if not wanted and self._carrying_view is not None:
+        if not wanted:
+            if self._carrying_view is not None:
                 self._carrying_view.cancel()
                 self._carrying_view = None
+            return
+        if self._carrying_view is not None:
             return
         if self._carriers is None or not self._record.program:
             raise UserError(
