@@ -155,11 +155,13 @@ class XattrNames:
 @record
 class Written:
     """``size`` bytes were taken. ``offset`` is where they went: not where the guest thought, for an append
-    to a file that somebody else has made longer. ``attr`` is of the file afterwards."""
+    to a file that somebody else has made longer. ``attr`` is of the file afterwards. ``room``: bytes that the guest may
+    answer for before they are here (``Write.ahead``), since there is space for them; 0: none."""
 
     size: int
     offset: int
     attr: bytes
+    room: int = 0
 
 
 @record
@@ -596,7 +598,11 @@ class ReadMany(FileCall[Contents]):
 
 @record
 class Write(FileCall[Written]):
-    """The payload to ``offset``; with ``append`` to the end of the file, wherever that is now."""
+    """The payload to ``offset``; with ``append`` to the end of the file, wherever that is now.
+
+    ``ahead``: the guest has answered for it already. Whatever comes behind it of the same share and could tell is done
+    after it, and so is what comes behind that.
+    """
 
     OP: ClassVar[int] = 31
     RESULT: ClassVar[type] = Written
@@ -608,6 +614,7 @@ class Write(FileCall[Written]):
     offset: int
     append: bool = False
     kill_privilege: bool = False
+    ahead: bool = False
 
 
 @record
