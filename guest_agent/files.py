@@ -22,6 +22,8 @@ import trio
 
 from guest_agent import fdstore
 from guest_agent.bulk_memory import GuestPlane, open_region
+from guest_agent.fence import FILE as FENCE_FILE
+from guest_agent.fence import Unfenced, open_writer
 from guest_agent.fuse.distance import Distance
 from guest_agent.fuse.host import Host
 from guest_agent.fuse.landing import Landing
@@ -61,9 +63,9 @@ READY_AFTER: Final = 60.0
 class FilesAgent:
     """The mounts, and the sessions that serve them one after the other."""
 
-    def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
+    def __init__(self, nursery: trio.Nursery, *, vm: bool = True, fence: Unfenced | None = None) -> None:
         self._vm = vm
-        self._host = Host(distance=None if vm else Distance())
+        self._host = Host(distance=None if vm else Distance(), fence=fence)
         self._plane = GuestPlane(FILES, open_region() if vm else None)
         self._plane.populate()
         self._lane = Lane()
@@ -155,11 +157,12 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-async def run(open_transport: OpenTransport, *, vm: bool = True) -> None:
-    """The agent, until a signal ends it. ``vm``: with memory that is shared with the host, and a boot that waits."""
+async def run(open_transport: OpenTransport, *, vm: bool = True, fence: Path = FENCE_FILE) -> None:
+    """The agent, until a signal ends it. ``vm``: with memory that is shared with the host, and a boot that waits.
+    ``fence``: what the guest agent of the same machine reads."""
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            agent = FilesAgent(nursery, vm=vm)
+            agent = FilesAgent(nursery, vm=vm, fence=open_writer(fence))
             async with trio.open_nursery() as sessions:
                 # Elsewhere nothing is opened until somebody comes.
                 sessions.start_soon(agent.serve, open_transport, PAUSE if vm else 0)

@@ -25,6 +25,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
 
+from guest_agent.fence import Unfenced
 from guest_agent.fuse.callers import is_dying
 from guest_agent.fuse.distance import Distance
 from guest_agent.fuse.operation import Resume, Wait
@@ -169,9 +170,16 @@ def _release(result: Result) -> None:
 class Host:
     """The host of all shares, whether it is there or not."""
 
-    def __init__(self, is_dying: Callable[[int], bool] = is_dying, distance: Distance | None = None) -> None:
+    def __init__(
+        self,
+        is_dying: Callable[[int], bool] = is_dying,
+        distance: Distance | None = None,
+        fence: Unfenced | None = None,
+    ) -> None:
         """``is_dying``: whether a thread, by its TID, is to be killed. ``distance``: to be measured, of a host that may
         be far away."""
+        self.fence = fence or Unfenced()
+        """Is told of each write that is answered ahead."""
         self._distance = distance
         self.caller = 0
         """The thread whose request is being begun: it is the caller of all that is asked meanwhile. 0: none. (So
