@@ -50,24 +50,40 @@ async def read(volume: Volume, request: Request) -> bytes | Loan:
     return ask.received if ask.lent is None else ask.lent
 
 
-async def write(volume: Volume, request: Request) -> bytes:
+async def write(volume: Volume, request: Request) -> bytes | None:
     _fh, offset, _size, write_flags, _owner, flags, view = bodies.parse_write(request.body)
     # Without a run the buffer is read into again, and its content copied.
     data = bytes(view) if request.run is None else request.run
     node = request.nodeid
+    if lost := volume.behind.take_error(node):
+        if request.run is not None:
+            request.run.give_back()
+        raise OSError(lost, "")
     # The kernel chose the offset of an append by what it knows of the size. Dirty pages of a mapping
     # (WRITE_CACHE) are where they are, however the file was opened.
     append = bool(flags & os.O_APPEND) and not write_flags & bodies.WRITE_CACHE
     kill = bool(write_flags & bodies.WRITE_KILL_SUIDGID)
     unique = request.unique ^ volume.salt
+    ahead = volume.may_answer_ahead(node, len(data), flags) and not write_flags & bodies.WRITE_CACHE
+    ask = volume.host.ask(Write(volume.share, unique, node, offset, append, kill, ahead), data, lasting=ahead)
+    if ahead:
+        volume.is_writing_ahead(node)
+        ask.after = partial(volume.answer_ahead, ask, request.unique, node)
     volume.written.begin(node, -1 if write_flags & bodies.WRITE_CACHE else offset)
     try:
-        written = await volume.host.ask(Write(volume.share, unique, node, offset, append, kill), data)
-    except BaseException:
+        written = await ask
+    except BaseException as error:
         volume.written.end(node)
+        if ask.answered and isinstance(error, Exception):
+            volume.has_lost(ask, node, error)
+            return None
         raise
     else:
-        volume.has_written(node, data if isinstance(data, bytes) else data.content, offset, written)
+        content = data if isinstance(data, bytes) else data.content
+        if ask.answered:
+            volume.has_landed(ask, node, content, offset, written)
+            return None
+        volume.has_written(node, content, offset, written)
     finally:
         if request.run is not None:
             request.run.give_back()

@@ -74,6 +74,7 @@ class Filesystem:
     def __init__(self, kernel: Kernel, volume: Volume) -> None:
         self._kernel = kernel
         self._volume = volume
+        volume.kernel = kernel
 
     def handle(self, request: Request) -> None:
         """Have ``request`` answered, now or later."""

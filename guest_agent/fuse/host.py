@@ -61,6 +61,9 @@ LetGo = Callable[[], None]
 class Caller(Protocol):
     """Of ``protocol.link.Link``, what is needed here."""
 
+    @property
+    def backlog(self) -> int: ...
+
     def call(self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult) -> None: ...
 
 
@@ -71,6 +74,7 @@ class Ask(Generic[ResultT]):
         "_host",
         "_resume",
         "after",
+        "answered",
         "call",
         "caller",
         "lasting",
@@ -82,6 +86,7 @@ class Ask(Generic[ResultT]):
         "sent",
         "share",
         "size",
+        "ticket",
         "unheard",
     )
 
@@ -106,6 +111,10 @@ class Ask(Generic[ResultT]):
         self.may_lend = False
         self.after: Callable[[], None] | None = None
         """Called once it is on its way: what is asked for then goes behind it."""
+        self.answered = False
+        """The request has had its answer already: this comes to its end only with the host's."""
+        self.ticket = 0
+        """For the fence, of one that is ``answered``."""
         self._host = host
         self._resume: Resume | None = None
 
@@ -156,6 +165,11 @@ class Ask(Generic[ResultT]):
     def waiting(self) -> bool:
         """Somebody waits for it."""
         return self._resume is not None
+
+    @property
+    def has_left(self) -> bool:
+        """It was sent, and all that was sent is with the transport: it arrives even if this process ends now."""
+        return self.sent and self._host.has_sent_all
 
     @property
     def may_end_early(self) -> bool:
@@ -228,6 +242,11 @@ class Host:
         if self._turns.waiting:
             self._pump()
         return True
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether nothing that was asked in this session waits to be written."""
+        return self._link is not None and not self._link.backlog
 
     @property
     def is_far(self) -> bool:
@@ -329,7 +348,8 @@ class Host:
             return
         self._patient = False
         for ask in self._turns.clear(keep=lambda ask: ask.lasting):
-            ask.finish(errno.EIO)
+            if not ask.answered:
+                ask.finish(errno.EIO)
 
     def _lose(self) -> None:
         self._link = None

@@ -55,6 +55,7 @@ def _forgotten(volume: Volume, nodes: Sequence[int]) -> None:
     volume.listings.forgotten(nodes)
     volume.xattrs.drop(*nodes)
     volume.written.drop(*nodes)
+    volume.behind.forgotten(nodes)
     volume.adrift.difference_update(nodes)
     volume.unlearned.difference_update(nodes)
 
@@ -171,7 +172,12 @@ async def readdirplus(volume: Volume, request: Request) -> bytes:
 
 
 async def fsync(volume: Volume, request: Request) -> bytes:
-    """FSYNC, FSYNCDIR."""
+    """FSYNC, FSYNCDIR. The host's answer comes behind those to all writes that were answered here before."""
     data_only = bool(bodies.parse_fsync(request.body)[1] & bodies.FSYNC_FDATASYNC)
-    await volume.host.ask(Sync(volume.share, request.unique ^ volume.salt, request.nodeid, data_only))
+    try:
+        await volume.host.ask(Sync(volume.share, request.unique ^ volume.salt, request.nodeid, data_only))
+    finally:
+        lost = volume.behind.take_error(request.nodeid)
+    if lost:
+        raise OSError(lost, "")
     return b""

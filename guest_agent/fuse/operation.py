@@ -33,8 +33,8 @@ class Wait(Protocol):
         """Have ``resume`` called when it has come; at once is allowed."""
 
 
-Operation = Coroutine[Wait, Any, bytes | Loan]
-"""Returns the bytes of its reply, or where they are: released when the kernel has them."""
+Operation = Coroutine[Wait, Any, bytes | Loan | None]
+"""Returns the bytes of its reply, or where they are: released when the kernel has them. None: it has replied itself."""
 
 
 class Kernel(Protocol):
@@ -71,7 +71,7 @@ class _Running:
             if reply.__class__ is Loan:
                 self._kernel.reply(self._unique, reply.view)
                 reply.release()
-            else:
+            elif reply is not None:
                 self._kernel.reply(self._unique, reply)
         except OSError as error:
             self._kernel.fail(self._unique, error.errno or errno.EIO)

@@ -34,16 +34,17 @@ from guest_agent.fuse import bodies, callers
 from guest_agent.fuse.contents import Contents
 from guest_agent.fuse.directories import ATTR_TYPE, NameChange, is_directory
 from guest_agent.fuse.forgetting import Forgets, fresh_uniques
-from guest_agent.fuse.host import Host, LetGo
+from guest_agent.fuse.host import Ask, Host, LetGo
 from guest_agent.fuse.listing import Listings
 from guest_agent.fuse.looked import Looked
 from guest_agent.fuse.notifier import NotifierFull
-from guest_agent.fuse.operation import Pause, Resume, Timers, Wait
+from guest_agent.fuse.operation import Kernel, Pause, Resume, Timers, Wait
 from guest_agent.fuse.promises import Promises
 from guest_agent.fuse.readahead import Readahead
 from guest_agent.fuse.renewals import Known, Renewals
 from guest_agent.fuse.room import Room
-from guest_agent.fuse.written import Ends
+from guest_agent.fuse.writebehind import WriteBehind
+from guest_agent.fuse.written import End, Ends
 from guest_agent.fuse.xattrs import Xattrs
 from protocol.errors import RemoteProtocolError
 from protocol.files import (
@@ -139,6 +140,9 @@ class Volume:
         self.looked = Looked()
         self.written = Ends()
         self.room = Room()
+        self.behind = WriteBehind()
+        self.kernel: Kernel | None = None
+        """Where a request is answered before its operation has ended."""
         self.readahead = Readahead(host, share, self.listings.directories, timers, self.uniques)
         self._caches: tuple[Cache, ...] = (
             self.listings, self.renewals, self.xattrs, self.contents, self.looked, self.readahead, self.written,
@@ -269,8 +273,12 @@ class Volume:
 
     def doubtful(self, nodes: Sequence[int]) -> list[int]:
         """Those of ``nodes`` of which nothing may be promised just now, whatever the host has said."""
-        unsettled = self.promises.unsettled(nodes)
-        return [*unsettled, *(self._dropping.keys() & nodes)] if self._dropping else unsettled
+        doubtful = self.promises.unsettled(nodes)
+        if self._dropping:
+            doubtful += self._dropping.keys() & nodes
+        if written := self.behind.among(nodes):
+            doubtful += written
+        return doubtful
 
     def give_back(self, nodes: Sequence[int]) -> None:
         """One lookup of each will not be used."""
@@ -285,12 +293,14 @@ class Volume:
         """The session has ended, and with it all that was promised in it."""
         for cache in self._caches:
             cache.void()
+        self.behind.void()
         self.promises.void()
 
     def take_back(self, changed: Changed) -> None:
         """What the host has promised does not hold any more. Raises ``RemoteProtocolError`` if it says too much."""
         for cache in self._caches:
             cache.changed(changed)
+        self.behind.changed(changed)
         if self.asking and not self.asking.keys().isdisjoint(changed.nodes):
             changed = self._hold_back(changed)
         self.promises.take_back(changed)
@@ -301,6 +311,9 @@ class Volume:
             self.give_back(renewed.entries)
             return
         attributes = dict(zip(renewed.nodes, renewed.attributes, strict=False))
+        if written := self.behind.among((*renewed.nodes, *renewed.files)):  # told before the host had that
+            attributes = {node: attr for node, attr in attributes.items() if node not in written}
+            self.give_back([node for node in renewed.entries if node in written])
         for directory, name, node in zip(renewed.parents, renewed.names, renewed.entries, strict=False):
             # Attributes of what the kernel may not know are only good with the name.
             if (attr := attributes.get(node)) is not None:
@@ -308,7 +321,8 @@ class Volume:
         for node in attributes.keys() - renewed.entries:
             self.listings.directories.know(node, attributes[node])
         for node, data in zip(renewed.files, renewed.contents, strict=False):
-            self.contents.give(node, data)
+            if node not in written:
+                self.contents.give(node, data)
 
     def renewed(self, directory: int, name: bytes) -> bytes | None:
         """The answer to a LOOKUP, as ``entry_out``; None: the host must be asked."""
@@ -419,11 +433,68 @@ class Volume:
 
     def has_written(self, node: int, data: bytes | memoryview, offset: int, answer: Written) -> None:
         """The same by a write of ``data`` at ``offset``, with the host's answer."""
-        is_there = self.is_alone and (answer.offset, answer.size) == (offset, len(data))
-        end = self.written.end(node, data if is_there else b"", answer.attr)
+        end = self._took(node, data, offset, answer)
         self.data_changed(node)
         if end is not None:
             self.written.keep(node, end)
+
+    def _took(self, node: int, data: bytes | memoryview, offset: int, answer: Written) -> End | None:
+        """The host's answer to a write; returns what is to be kept of it."""
+        is_there = (answer.offset, answer.size) == (offset, len(data))
+        if is_there:
+            self.behind.took(node, answer)
+        else:
+            self.behind.wait_for(node)
+        return self.written.end(node, data if is_there and self.is_alone else b"", answer.attr)
+
+    # --- writes that are answered before the host has them ---------------------------------------------
+
+    def may_answer_ahead(self, node: int, size: int, flags: int) -> bool:
+        return self.is_alone and self.host.fence.shared and self.behind.may(node, size, flags)
+
+    def is_writing_ahead(self, node: int) -> None:
+        """A write is about to be asked that may be answered at once: what is known of the file is of before it. (Of the
+        end that was written last nothing is given until the host has promised that the file is as long as that.)"""
+        for cache in self._caches:
+            if cache is not self.written:
+                cache.drop(node)
+
+    def answer_ahead(self, ask: Ask[Written], unique: int, node: int) -> None:
+        """It is asked: answer it now, if nothing can keep it from arriving. Then ``has_landed`` or ``has_lost`` follows."""
+        if ask.has_left and self.kernel is not None:
+            ask.answered = True
+            ask.ticket = self.host.fence.begin()
+            self.behind.begin(node, ask.size)
+            self.kernel.reply(unique, bodies.write_out(ask.size))
+
+    def has_landed(
+        self, ask: Ask[Written], node: int, data: bytes | memoryview, offset: int, answer: Written
+    ) -> None:
+        """The host has taken it."""
+        self._end_ahead(ask, node)
+        end = self._took(node, data, offset, answer)
+        if end is not None:
+            self.written.keep(node, end)
+        if answer.size != len(data):
+            self._lose(node, errno.ENOSPC)
+        elif answer.offset != offset:
+            self._drop(node, _nothing)
+
+    def has_lost(self, ask: Ask[Written], node: int, error: Exception) -> None:
+        """It has failed: whoever writes or syncs the file next is told."""
+        self._end_ahead(ask, node)
+        self._lose(node, (isinstance(error, OSError) and error.errno) or errno.EIO)
+
+    def _end_ahead(self, ask: Ask[Written], node: int) -> None:
+        self.behind.end(node, ask.size)
+        self.host.fence.end(ask.ticket)
+
+    def _lose(self, node: int, error: int) -> None:
+        log.warning(
+            "write.lost share=%d node=%d error=%s", self.share, node, errno.errorcode.get(error, error)
+        )
+        self.behind.lost(node, error)
+        self._drop(node, _nothing)
 
     def read_written(self, node: int, offset: int, size: int) -> bytes | None:
         """What a READ is to be answered with, of what the guest has written itself."""

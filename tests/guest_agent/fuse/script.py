@@ -46,6 +46,7 @@ class ScriptedLink:
     def __init__(self) -> None:
         self.asked: list[Asked] = []
         self.over = False
+        self.backlog = 0
 
     def call(self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult) -> None:
         if self.over:
