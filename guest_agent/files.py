@@ -175,7 +175,9 @@ async def run(open_transport: OpenTransport, *, vm: bool = True, fence: Path = F
 
 
 def main(arguments: list[str]) -> int:
-    return run_agent(arguments, "guest_agent.files", FILES_PORT, run)
+    # Where there is no VM the fence may be elsewhere: AGENTCTL_FENCE names it.
+    fence = Path(os.environ.get("AGENTCTL_FENCE", FENCE_FILE))
+    return run_agent(arguments, "guest_agent.files", FILES_PORT, partial(run, fence=fence))
 
 
 if __name__ == "__main__":

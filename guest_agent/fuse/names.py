@@ -148,6 +148,7 @@ async def tmpfile(volume: Volume, request: Request) -> bytes:
 async def _created(volume: Volume, entry: Entry, unique: int, flags: int) -> bytes:
     """The reply to whatever makes and opens. Handle 0: there is none, as after an open(2) that was not asked."""
     volume.data_changed(entry.node)
+    volume.behind.made(entry.node)
     valid = volume.valid(entry.node, entry.attr, entry.promise)
     if not volume.host_locks:
         return bodies.create_out(entry.node, entry.attr, 0, bodies.FOPEN_KEEP_CACHE, valid)

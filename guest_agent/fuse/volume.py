@@ -460,7 +460,7 @@ class Volume:
                 cache.drop(node)
 
     def answer_ahead(self, ask: Ask[Written], unique: int, node: int) -> None:
-        """It is asked: answer it now, if nothing can keep it from arriving. Then ``has_landed`` or ``has_lost`` follows."""
+        """It is asked: answer it if nothing can keep it from arriving; then ``has_landed`` or ``has_lost`` follows."""
         if ask.has_left and self.kernel is not None:
             ask.answered = True
             ask.ticket = self.host.fence.begin()

@@ -1,16 +1,16 @@
 """Writes that are answered before the host has them (write-behind).
 
 Who writes a file piece by piece would wait for the host's answer to each. So the first write of a burst is waited for,
-and those that follow are answered once they are on their way, in order: the host does what comes behind them after
-them, whoever asks. The laws:
+and those that follow are answered once they are on their way, in order: the host does what comes behind them, and could
+tell, after them. The laws:
 
 - **Nothing is answered for that this process could lose.** A write is answered when its frame has left whole, so that
   it arrives even if this process is killed; and it is asked again, as it was, until the host has answered it.
 - **Nothing is answered for that the host has no room for.** It says with each write how many bytes the guest may answer
   for (``Written.room``), and which those are it knows by its answers. What fails all the same (a quota, a broken disk)
   the next write(2) or fsync(2) of the file is told, once; and the kernel forgets what it has of the file.
-- A file's first write is waited for, and so is one ``BURST`` seconds after the last, or after the host has said that it
-  has changed the file: what can be refused is refused there.
+- A file's first write is waited for, unless the guest has just made the file, and so is one ``BURST`` seconds after the
+  last, or after the host has said that the file has changed: what can be refused is refused there.
 - ``MAX_CALLS`` and ``MAX_BYTES`` of one mount are on their way at the most: what a host does in some milliseconds.
 - While one of a file is, nothing is believed of it that the host says without being asked.
 - Nobody outside hears from a program of the guest what it does after a write before that is on the host (``fence``).
@@ -101,6 +101,10 @@ class WriteBehind:
     def took(self, node: int, answer: Written) -> None:
         """The host has taken a write, as it was to be."""
         self._room = answer.room
+        self.made(node)
+
+    def made(self, node: int) -> None:
+        """The guest has made the file, which is open for writing on the host."""
         self._written[node] = self._clock()
         self._written.move_to_end(node)
         if len(self._written) > MAX_FILES:

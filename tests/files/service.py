@@ -159,6 +159,7 @@ class FilesAgent:
             **os.environ,
             "PYTHONPATH": str(SOURCES),
             "NOTIFY_SOCKET": str(self.store.path),
+            "AGENTCTL_FENCE": str(self._directory / "fence"),
             "GIVEN_FDS": " ".join(str(fd) for _, fd in kept),
         }
         if kept:

@@ -72,6 +72,11 @@ def test_the_first_write_of_a_file_waits(it: WriteBehind) -> None:
     assert not it.may(OTHER, 10, 0)
 
 
+def test_one_of_a_file_that_was_just_made_need_not(it: WriteBehind) -> None:
+    it.made(OTHER)
+    assert it.may(OTHER, 10, 0)
+
+
 def test_a_write_some_time_after_the_last_one_waits(it: WriteBehind, clock: Clock) -> None:
     clock.now += 1.1 * BURST
     assert not it.may(NODE, 10, 0)
