@@ -27,6 +27,8 @@ from guest_agent.clock import Clock
 from guest_agent.data_disk import DataDisk
 from guest_agent.docker_settings import DockerSettings
 from guest_agent.entrances import Entrances
+from guest_agent.fence import FILE as FENCE_FILE
+from guest_agent.fence import Reader, open_reader
 from guest_agent.foreign import ForeignPrograms
 from guest_agent.host_network import HostNetwork
 from guest_agent.owners import OwnerService
@@ -82,8 +84,9 @@ def make_hello(*, vm: bool = True) -> Hello:
 class Agent:
     """What the machine is, and the service that every session offers of it."""
 
-    def __init__(self, nursery: trio.Nursery, *, vm: bool = True) -> None:
+    def __init__(self, nursery: trio.Nursery, *, vm: bool = True, fence: Reader | None = None) -> None:
         self._nursery = nursery
+        self._fence = fence
         self.ports = PortDetector()
         self._system = System(
             nursery,
@@ -168,7 +171,7 @@ class Agent:
         async def live() -> None:
             nonlocal greeted
             hello = self._plane.offered(self._hello)
-            link = Link(stream, Role.GUEST, self._service, hello, bulk=self._plane.bulk)
+            link = Link(stream, Role.GUEST, self._service, hello, bulk=self._plane.bulk, fence=self._fence)
             try:
                 async with trio.open_nursery() as nursery:
                     await nursery.start(_run_and_end, link, nursery.cancel_scope)
@@ -214,11 +217,14 @@ async def stopped_by_signals() -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-async def run(open_transport: OpenTransport, *, vm: bool = True, door: Path | None = None) -> None:
+async def run(
+    open_transport: OpenTransport, *, vm: bool = True, door: Path | None = None, fence: Path = FENCE_FILE
+) -> None:
     """The agent, until a signal ends it. ``vm``: the machine is the host's own, for it to configure; ``door``: the
-    folder in which it may be handed another transport (``ssh_door``)."""
+    folder in which it may be handed another transport (``ssh_door``); ``fence``: where the files agent says what the
+    host is to see before it hears more."""
     async with stopped_by_signals(), trio.open_nursery() as nursery:
-        agent = Agent(nursery, vm=vm)
+        agent = Agent(nursery, vm=vm, fence=open_reader(fence))
         nursery.start_soon(agent.ports.run)
         if vm:
             nursery.start_soon(agent.report_readiness)

@@ -37,7 +37,7 @@ from protocol.frames import MAX_PAYLOAD, Buffer
 from protocol.lane import READABLE, Lane
 from protocol.messages import Hello
 from protocol.muxstream import Driver, Incoming, MuxStream, Traffic
-from protocol.outlet import BROKEN, Drained, Outlet
+from protocol.outlet import BROKEN, Drained, Fence, Outlet
 from protocol.serial import SerialChannel
 from protocol.service import Service
 from protocol.serving import Serving
@@ -106,6 +106,7 @@ class Link:
         bulk: Bulk | None = None,
         lane: Lane | None = None,
         traffic: Traffic | None = None,
+        fence: Fence | None = None,
     ) -> None:
         """``bulk``: memory for payloads that this side has; used in one session at a time. ``lane``: one that is
         served already, for longer than this link lives; without, it has its own. ``traffic``: what goes on counting.
@@ -114,6 +115,8 @@ class Link:
 
         ``pause_above``: bytes waiting at which nothing more is read from the peer. Only for one side of a link,
         whose peer always reads: two that pause would wait for each other.
+
+        ``fence``: what the peer must see by another way before anything is written.
         """
         self._transport = transport
         self._service = service
@@ -133,6 +136,7 @@ class Link:
             max_backlog=max_backlog,
             bulk=self.bulk,
         )
+        self._fence = fence
         self._pause_above = max_backlog if pause_above is None else pause_above
         self._session: Session | None = None
         self._error: LinkError | None = None
@@ -166,7 +170,7 @@ class Link:
         self._session = self._open_session()
         self.bulk.on_room, self.bulk.on_urgent = self._on_room, self._flush
         self.bulk.on_wanted = self._memory_wanted.unpark_all
-        self._outlet = Outlet(self._session, self._transport, self)
+        self._outlet = Outlet(self._session, self._transport, self, self._fence)
         self._driver = Driver(self._session, self._flush, self._outlet.express, self.lane, self.traffic)
         self._serving = Serving(self._service, self._driver, self._wait_for_room)
         self._started = task_status.started
@@ -233,9 +237,10 @@ class Link:
 
     async def _hang_up(self) -> None:
         """Close the transport, whatever it and the peer do; say goodbye first where that is possible."""
-        session = self._running()
         with trio.CancelScope(shield=True):
-            if session.has_output and (words := self._outlet.last_words()):
+            if words := self._outlet.last_words():
+                if self._fence is not None:
+                    await self._outlet.held(self._fence)
                 with trio.move_on_after(GOODBYE_TIMEOUT), self._transport_errors():
                     await self._transport.send_all(words)
             await trio.aclose_forcefully(self._transport)

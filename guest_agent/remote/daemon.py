@@ -11,6 +11,7 @@ import os
 import resource
 import socket
 from collections.abc import Awaitable
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -52,9 +53,10 @@ def main(plane: str, session: str, lock: int, listener: int) -> int:
             os.set_inheritable(fd, False)
         write_holder(lock)
         _raise_limit()
-        _begin_log(RunDir.of(session).plane(plane).log)
+        rundir = RunDir.of(session)
+        _begin_log(rundir.plane(plane).log)
         with socket.socket(fileno=listener) as listening:
-            trio.run(_serve, _agent_of(plane), listening, plane in PACKED)
+            trio.run(_serve, _agent_of(plane, rundir.fence), listening, plane in PACKED)
         status = 0
     except BaseException:
         log.exception("daemon.failed plane=%s", plane)
@@ -75,19 +77,19 @@ async def _serve(run: Run, listener: socket.socket, packed: bool) -> None:
         nursery.cancel_scope.cancel()
 
 
-def _agent_of(plane: str) -> Run:
+def _agent_of(plane: str, fence: Path) -> Run:
     # Imported here: neither process needs what the other does.
     if plane == "files":
         from guest_agent import files
 
-        return files.run
+        return partial(files.run, fence=fence)
     if plane == "view":
         from guest_agent.view import agent as view
 
         return view.run
     from guest_agent import agent
 
-    return agent.run
+    return partial(agent.run, fence=fence)
 
 
 def _begin_log(path: Path) -> None:

@@ -8,6 +8,7 @@ still has its name. Nobody else may look into the folder, so whoever can connect
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -26,6 +27,9 @@ SESSION_NAME: Final = re.compile(r"[a-z0-9-]{1,40}")
 
 FOLDER: Final = ".cache/agentctl/run"
 """Below the home."""
+
+SHARED_MEMORY: Final = Path("/dev/shm")
+"""Files that are no disk's (shm_overview(7))."""
 
 REMOVALS: Final = 10
 """Removals by others that are borne while a folder is made."""
@@ -119,7 +123,16 @@ class RunDir:
                 entry.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
+            self.fence.unlink()
+        with suppress(OSError):
             self.path.parent.rmdir()  # of the last session
+
+    @property
+    def fence(self) -> Path:
+        """Memory of the control agent and the files agent (``guest_agent.fence``). Not in the folder: what is mapped
+        from the disk of a home may find that full, which kills. (A logout may remove the name; both have it mapped.)"""
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
+        return SHARED_MEMORY / f"agentctl-{os.geteuid()}-{name}"
 
     @property
     def ending(self) -> Place:

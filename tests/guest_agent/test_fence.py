@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
 
+from guest_agent.agent import Agent
 from guest_agent.fence import SIZE, Reader, Tickets, Unfenced, Writer, open_reader, open_writer
 from guest_agent.fuse.host import Host
+from protocol.link import Hello, Link, Role, SerialChannel, Service
+from protocol.outlet import HELD_MOST, MAX_HELD
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -161,6 +167,33 @@ def test_a_process_sees_what_another_has_answered(path: Path) -> None:
         assert look() == "2 False 3"
         writer.end(first)
         assert look() == "2 True 3"
+
+
+async def test_the_control_link_is_behind_it(
+    path: Path, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+
+    async def open_transport() -> trio.abc.Stream:
+        await trio.lowlevel.checkpoint()
+        return ours
+
+    writer, greeted = writer_of(path), trio.Event()
+
+    async def greet() -> None:
+        link = Link(await SerialChannel(theirs).establish(), Role.HOST, Service(), Hello(name="host"))
+        await nursery.start(link.run)
+        greeted.set()
+
+    ticket = writer.begin()
+    nursery.start_soon(Agent(nursery, fence=reader_of(path)).serve, open_transport)
+    nursery.start_soon(greet)
+    await trio.sleep(MAX_HELD / 2)
+    assert not greeted.is_set()
+    writer.end(ticket)
+    await trio.sleep(2 * HELD_MOST)
+    assert greeted.is_set()
+    nursery.cancel_scope.cancel()
 
 
 # --- no memory ---------------------------------------------------------------------------------------------

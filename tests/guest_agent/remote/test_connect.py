@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from guest_agent.remote.rundir import RunDir
+from guest_agent.remote.rundir import Process, RunDir
 from protocol import execio, packedfile
 from protocol.api import Exec, GetGuestInfo, GetGuestUsage, Shutdown
 from protocol.build import digest
@@ -37,6 +37,10 @@ async def output_of(link: Link, *argv: str, stdin: bytes = b"") -> bytes:
                     else:
                         assert packet == execio.Exit(0)
     return said
+
+
+def memory_of(process: Process) -> str:
+    return Path(f"/proc/{process.pid}/maps").read_text()
 
 
 async def works(connection: Connection) -> None:
@@ -68,6 +72,21 @@ async def test_whatever_stdio_is_all_of_it_gets_through(machine: Machine, pipes:
         assert await output_of(link, "cat", stdin=content) == content
     await connection.aclose()
     assert await connection.ended() == 0
+
+
+async def test_what_was_answered_ahead_both_agents_see_in_memory_that_goes_with_the_session(
+    machine: Machine,
+) -> None:
+    for plane in ("control", "files"):
+        connection = await machine.connect(plane=plane)
+        async with connection.session():
+            pass
+    fence = RunDir.of("one", machine.home).fence
+    for plane in ("control", "files"):
+        assert str(fence) in memory_of(machine.agent(plane=plane))
+    assert RunDir.of("two", machine.home).fence != fence
+    await machine.end()
+    assert not fence.exists()
 
 
 @pytest.mark.parametrize("pipes", [False, True])
