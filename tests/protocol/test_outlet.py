@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from protocol import codec, messages
 from protocol.api import Listeners
 from protocol.link import Link, Service
-from protocol.messages import AnyFrame, Data, Hello, Notify, Open
+from protocol.messages import AnyFrame, Data, Goodbye, Hello, Notify, Open
 from protocol.outlet import HELD_MOST, MAX_HELD, PROMPT_SIZE, Drained, Outlet
 from protocol.session import Role, Session
 
@@ -324,3 +324,13 @@ async def test_last_words_are_held_as_well_and_are_still_said(
         nursery.start_soon(end)
     assert transport.data.startswith(news)
     assert len(transport.data) > len(news), "and the goodbye"
+
+
+async def test_a_goodbye_is_said_though_nothing_ever_lands(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    transport, fence = Transport(), Played()
+    link = await link_over(transport, fence, nursery)
+    fence.answered = 1
+    began = trio.current_time()
+    await link.goodbye("over")
+    assert transport.data == wire(Goodbye("gone", "over"))
+    assert trio.current_time() - began < 3 * MAX_HELD
