@@ -326,7 +326,9 @@ async def test_last_words_are_held_as_well_and_are_still_said(
     assert len(transport.data) > len(news), "and the goodbye"
 
 
-async def test_a_goodbye_is_said_though_nothing_ever_lands(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+async def test_a_goodbye_is_said_though_nothing_ever_lands(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
     transport, fence = Transport(), Played()
     link = await link_over(transport, fence, nursery)
     fence.answered = 1
