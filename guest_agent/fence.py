@@ -17,16 +17,19 @@ import logging
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+from guest_agent.spool import START, Left, Spool
 
 log = logging.getLogger(__name__)
 
 FILE: Final = Path("/run/agentctl/fence")
 """In a VM, whose agents are both root's. On other machines see ``RunDir.fence``."""
 
-SIZE: Final = 4096
-"""Bytes of the file: a page, of which sixteen are used."""
+SIZE: Final = START
+"""Bytes of the file's first page, of which sixteen are used. Behind it is the spool."""
 
 _ANSWERED: Final = 0
 _LANDED: Final = 1
@@ -40,8 +43,9 @@ class Tickets:
 
     __slots__ = ("_early", "answered", "landed")
 
-    def __init__(self, answered: int = 0) -> None:
-        self.answered = self.landed = answered
+    def __init__(self, answered: int = 0, landed: int | None = None) -> None:
+        self.answered = answered
+        self.landed = answered if landed is None else landed
         self._early: set[int] = set()  # have come while one before them is outstanding
 
     def begin(self) -> int:
@@ -67,8 +71,12 @@ class Unfenced:
     shared = False
     """Whether the guest agent sees it. If not, who is answered ahead may be heard of before what he wrote is there."""
 
-    def begin(self) -> int:
-        """Before a program is answered ahead: the write's ticket."""
+    left: Sequence[Left] = ()
+    """What a killed predecessor has answered for and may not have landed, in order: to be asked again, with its
+    tickets."""
+
+    def begin(self, call: bytes = b"", payload: bytes | memoryview = b"") -> int:
+        """Before a program is answered ahead for ``call``, which is on its way: its ticket; 0: it may not be."""
         return 0
 
     def end(self, ticket: int) -> None:
@@ -76,19 +84,30 @@ class Unfenced:
 
 
 class Writer(Unfenced):
-    """The files agent's end. What its predecessor left outstanding counts as landed: it is with the transport, and
-    nobody will say when it has come."""
+    """The files agent's end. With a spool, what its predecessor left outstanding still is, as far as it is there
+    (``left``). Without, it counts as landed: it is with the transport, and nobody will say when it has come."""
 
     shared = True
 
-    def __init__(self, numbers: memoryview) -> None:
-        """``numbers``: as ``mapped`` gives them."""
+    def __init__(self, numbers: memoryview, spool: Spool | None = None) -> None:
+        """``numbers``: of the file's first page."""
         self._numbers = numbers
-        self._tickets = Tickets(numbers[_ANSWERED])
+        self._spool = spool
+        landed, answered = numbers[_LANDED], numbers[_ANSWERED]
+        self.left = () if spool is None else spool.left(landed, answered)
+        self._tickets = Tickets(answered, self.left[0].ticket - 1 if self.left else answered)
+        for ticket in range((self.left[-1].ticket if self.left else answered) + 1, answered + 1):
+            self._tickets.end(ticket)
         numbers[_LANDED] = self._tickets.landed
 
-    def begin(self) -> int:
-        ticket = self._numbers[_ANSWERED] = self._tickets.begin()
+    def begin(self, call: bytes = b"", payload: bytes | memoryview = b"") -> int:
+        tickets = self._tickets
+        if self._spool is not None:
+            if tickets.landed == tickets.answered:
+                self._spool.clear()
+            if not self._spool.keep(tickets.answered + 1, call, payload):
+                return 0
+        ticket = self._numbers[_ANSWERED] = tickets.begin()
         return ticket
 
     def end(self, ticket: int) -> None:
@@ -112,34 +131,50 @@ class Reader:
         return landed >= mark
 
 
-def open_writer(path: Path) -> Unfenced:
-    numbers = mapped(path, mmap.PROT_READ | mmap.PROT_WRITE)
-    return Unfenced() if numbers is None else Writer(numbers)
+def open_writer(path: Path, *, spooled: bool = True) -> Unfenced:
+    """``spooled``: what is answered ahead outlives this process, for a successor that takes over its mounts."""
+    if (descriptor := _opened(path)) is None:
+        return Unfenced()
+    if (numbers := _mapped(path, descriptor, mmap.PROT_READ | mmap.PROT_WRITE)) is None:
+        os.close(descriptor)
+        return Unfenced()
+    if spooled:
+        return Writer(numbers, Spool(descriptor))
+    os.close(descriptor)
+    return Writer(numbers)
 
 
 def open_reader(path: Path) -> Reader | None:
-    numbers = mapped(path, mmap.PROT_READ)
+    if (descriptor := _opened(path)) is None:
+        return None
+    try:
+        numbers = _mapped(path, descriptor, mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
     return None if numbers is None else Reader(numbers)
 
 
-def mapped(path: Path, access: int) -> memoryview | None:
-    """The numbers in the file ``path``, which either agent makes, whoever comes first; None if that cannot be."""
+def _opened(path: Path) -> int | None:
+    """The file ``path``, which either agent makes, whoever comes first; None if that cannot be."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         log.info("fence.none path=%s error=%s", path, error.strerror)
         return None
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        return descriptor
+    os.close(descriptor)
+    log.warning("fence.foreign path=%s uid=%d", path, status.st_uid)
+    return None
+
+
+def _mapped(path: Path, descriptor: int, access: int) -> memoryview | None:
+    """The numbers."""
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            log.warning("fence.foreign path=%s uid=%d", path, status.st_uid)
-            return None
-        os.posix_fallocate(
-            descriptor, 0, SIZE
-        )  # no store may find the filesystem full: that would be a SIGBUS
+        # No store may find the filesystem full: that would be a SIGBUS.
+        os.posix_fallocate(descriptor, 0, SIZE)
         return memoryview(mmap.mmap(descriptor, SIZE, flags=mmap.MAP_SHARED, prot=access)).cast("Q")
     except OSError as error:
         log.warning("fence.unusable path=%s error=%s", path, error.strerror)
         return None
-    finally:
-        os.close(descriptor)

@@ -78,6 +78,9 @@ class FilesAgent:
         nursery.start_soon(self._host.keep_patience)
         nursery.start_soon(self._host.watch_the_signalled)
         self._mounts.adopt(fdstore.take())
+        self._host.ask_again_for(
+            self._host.fence.left, self._mounts.in_use
+        )  # before what their kernels ask now
 
     async def serve(self, open_transport: OpenTransport, pause: float = PAUSE) -> None:
         """Sessions for ever, over a transport that is opened again whenever it breaks, after ``pause`` seconds."""
@@ -162,7 +165,7 @@ async def run(open_transport: OpenTransport, *, vm: bool = True, fence: Path = F
     ``fence``: what the guest agent of the same machine reads."""
     async with trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            agent = FilesAgent(nursery, vm=vm, fence=open_writer(fence))
+            agent = FilesAgent(nursery, vm=vm, fence=open_writer(fence, spooled=vm))
             async with trio.open_nursery() as sessions:
                 # Elsewhere nothing is opened until somebody comes.
                 sessions.start_soon(agent.serve, open_transport, PAUSE if vm else 0)

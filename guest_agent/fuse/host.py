@@ -19,21 +19,23 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import chain
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+import msgpack
 import trio
 
 from guest_agent.fence import Unfenced
 from guest_agent.fuse.callers import is_dying
 from guest_agent.fuse.distance import Distance
-from guest_agent.fuse.operation import Resume, Wait
+from guest_agent.fuse.operation import Resume, Wait, spawn
 from guest_agent.fuse.turns import Gate, Turns
+from guest_agent.spool import Left
 from protocol import codec
 from protocol.bulk import Loan, Run
 from protocol.errors import DecodeError, LinkError
-from protocol.files import FileCall
+from protocol.files import CALLS, FileCall
 from protocol.link import OnResult
 from protocol.messages import Result
 from protocol.session import MAX_CALLS
@@ -230,6 +232,37 @@ class Host:
                 ask.finish(errno.EIO)
         else:
             ask.finish(errno.EIO)
+
+    def answer_for(self, ask: Ask[Any]) -> bool:
+        """Whether its request may be answered before the host has done it. Then it is, and ``landed`` follows."""
+        call = ask.call
+        said = msgpack.packb((call.OP, codec.encode(call)))
+        payload = ask.payload if isinstance(ask.payload, bytes) else ask.payload.content
+        ask.ticket = self.fence.begin(said, payload)
+        ask.answered = ask.ticket > 0
+        return ask.answered
+
+    def landed(self, ask: Ask[Any]) -> None:
+        """The host has said what came of it."""
+        self.fence.end(ask.ticket)
+
+    def ask_again_for(self, left: Sequence[Left], shares: Collection[int]) -> None:
+        """What a predecessor has answered for and the host may not have, of the shares whose mounts are there yet."""
+        for record in left:
+            spawn(self._ask_again(record, shares))
+
+    async def _ask_again(self, record: Left, shares: Collection[int]) -> None:
+        try:
+            op, arguments = msgpack.unpackb(record.call)
+            ask = Ask(self, codec.decode(CALLS[op], arguments), record.payload, lasting=True)
+            if ask.share not in shares:
+                raise OSError(errno.ENODEV, "")
+            ask.answered = True
+            await ask
+        except (OSError, DecodeError, ValueError, KeyError) as error:
+            log.warning("write.lost ticket=%d error=%s", record.ticket, error)
+        finally:
+            self.fence.end(record.ticket)
 
     def answered(self, ask: Ask[Any]) -> bool:
         """(For ``Ask``.) Whether it was waiting for that, in this session."""

@@ -461,9 +461,7 @@ class Volume:
 
     def answer_ahead(self, ask: Ask[Written], unique: int, node: int) -> None:
         """It is asked: answer it if nothing can keep it from arriving; then ``has_landed`` or ``has_lost`` follows."""
-        if ask.has_left and self.kernel is not None:
-            ask.answered = True
-            ask.ticket = self.host.fence.begin()
+        if ask.has_left and self.kernel is not None and self.host.answer_for(ask):
             self.behind.begin(node, ask.size)
             self.kernel.reply(unique, bodies.write_out(ask.size))
 
@@ -487,7 +485,7 @@ class Volume:
 
     def _end_ahead(self, ask: Ask[Written], node: int) -> None:
         self.behind.end(node, ask.size)
-        self.host.fence.end(ask.ticket)
+        self.host.landed(ask)
 
     def _lose(self, node: int, error: int) -> None:
         log.warning(

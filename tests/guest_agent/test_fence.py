@@ -120,13 +120,49 @@ def test_whoever_comes_first_makes_the_file_for_its_user_alone(path: Path) -> No
     assert reader.mark() == ticket
 
 
-def test_what_a_killed_writer_left_has_landed_as_far_as_anybody_will_say(path: Path) -> None:
+def test_what_a_killed_writer_left_is_its_successors_to_end(path: Path) -> None:
+    reader, killed = reader_of(path), writer_of(path)
+    first, second, third = (killed.begin(b"call %d" % number, b"data") for number in range(3))
+    killed.end(second)
+    mark = reader.mark()
+    successor = writer_of(path)
+    assert [tuple(record) for record in successor.left] == [
+        (ticket, b"call %d" % number, b"data") for number, ticket in enumerate((first, second, third))
+    ]
+    assert not reader.passed(mark)
+    fourth = successor.begin()
+    for ticket in (first, second, third):
+        assert not reader.passed(mark)
+        successor.end(ticket)
+    assert reader.passed(mark)
+    assert reader.mark() == fourth
+    successor.end(fourth)
+    assert reader.mark() == 0
+    assert writer_of(path).left == []
+
+
+def test_what_is_not_in_the_spool_any_more_has_landed(path: Path) -> None:
     reader, killed = reader_of(path), writer_of(path)
     for _ in range(3):
-        killed.begin()
+        killed.begin(b"call", b"data")
+    mark = reader.mark()
+    os.truncate(path, path.stat().st_size - 1)
+    successor = writer_of(path)
+    assert [record.ticket for record in successor.left] == [1, 2]
+    successor.end(1)
+    successor.end(2)
+    assert reader.passed(mark)
+
+
+def test_without_a_spool_what_is_left_has_landed_as_far_as_anybody_will_say(path: Path) -> None:
+    reader, killed = reader_of(path), open_writer(path, spooled=False)
+    for _ in range(3):
+        killed.begin(b"call", b"data")
+    assert path.stat().st_size == SIZE
     mark = reader.mark()
     assert not reader.passed(mark)
-    successor = writer_of(path)
+    successor = open_writer(path, spooled=False)
+    assert successor.left == ()
     assert reader.passed(mark)
     assert reader.mark() == 0
     ticket = successor.begin()

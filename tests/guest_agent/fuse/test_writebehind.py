@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from guest_agent.fence import Unfenced
+from guest_agent.fence import Unfenced, open_reader, open_writer
 from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Opcode
+from guest_agent.fuse.host import Host
 from guest_agent.fuse.writebehind import BURST, MAX_BYTES, MAX_CALLS, MAX_FILES, WriteBehind
 from protocol.files import (
     ATTR,
@@ -22,7 +24,7 @@ from protocol.files import (
     Write,
     Written,
 )
-from tests.guest_agent.fuse.script import Asked, Script, failed, pack, replied
+from tests.guest_agent.fuse.script import Asked, Script, ScriptedLink, failed, pack, replied
 
 NODE, OTHER = 9, 10
 ROOM = 1 << 40
@@ -156,7 +158,7 @@ class Fence(Unfenced):
     def __init__(self) -> None:
         self.log: list[str] = []
 
-    def begin(self) -> int:
+    def begin(self, call: bytes = b"", payload: bytes | memoryview = b"") -> int:
         self.log.append("begin")
         return len(self.log)
 
@@ -335,6 +337,45 @@ def test_the_next_session_begins_with_waiting() -> None:
     script.find_host()
     script.write(b"y" * 5, 10)
     assert script.answers == []
+
+
+def test_what_finds_no_room_to_outlive_us_is_waited_for() -> None:
+    script = Writing()
+    script.fence.begin = lambda call=b"", payload=b"": 0  # type: ignore[method-assign]
+    unique, asked = script.write(b"y" * 5, 10)
+    assert script.answers == []
+    asked.answer(written(5, 10))
+    assert script.answers == replied(unique, pack("II", 5, 0))
+
+
+def test_a_successor_asks_for_it_as_it_was_and_before_all_else(tmp_path: Path) -> None:
+    """Both were killed before the host had it."""
+    script = Writing()
+    script.host.fence = open_writer(tmp_path / "fence")
+    calls = [script.ahead(b"one", 10).call, script.ahead(b"two", 13).call]
+    successor = Host(fence=open_writer(tmp_path / "fence"))
+    reader = open_reader(tmp_path / "fence")
+    assert reader is not None
+    successor.ask_again_for(successor.fence.left, {7})
+    link = ScriptedLink()
+    successor.attach(link)
+    assert link.calls == calls
+    assert [asked.payload for asked in link.asked] == [b"one", b"two"]
+    link.take().answer(written(3, 10))
+    assert reader.mark() != 0
+    link.take().fail(errno.EIO)
+    assert reader.mark() == 0
+
+
+def test_what_no_mount_is_left_of_is_not_asked_for(tmp_path: Path) -> None:
+    script = Writing()
+    script.host.fence = open_writer(tmp_path / "fence")
+    script.ahead()
+    successor = Host(fence=open_writer(tmp_path / "fence"))
+    successor.ask_again_for(successor.fence.left, {8})
+    link = ScriptedLink()
+    successor.attach(link)
+    assert link.calls == []
 
 
 # --- what is believed meanwhile --------------------------------------------------------------------
