@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -13,10 +14,12 @@ from typing import cast
 import pytest
 import trio
 
+from protocol import codec, files
 from protocol.files import MAX_FILES_PAYLOAD, MountReport, MountReports, MountShares, MountStage, Share
 from protocol.link import Link, Service
 from protocol.messages import Call
 from tests.guest_agent.remote.conftest import PATIENCE, Connection, Machine
+from tests.guest_agent.remote.test_connect import output_of
 from tests.guest_agent.test_files import Folder, Host
 
 
@@ -158,3 +161,87 @@ async def test_a_killed_agents_successor_mounts_anew(machine: Machine, folder: F
     async with serving(again, folder, place):
         assert await there(machine, f"cat {place}/f") == (0, "of the host\n")
         assert await mounted(machine) == [str(place)]
+
+
+# --- writes that are answered ahead --------------------------------------------------------------------------
+
+WRITING = """
+import os, sys
+file = os.open(sys.argv[1], os.O_WRONLY)
+for number in range(20):
+    os.pwrite(file, b"%4d" % number, 4 * number)
+print("written", flush=True)
+open(sys.argv[2], "x").close()
+"""
+
+
+class Roomy(Folder):
+    """Lets the guest answer for writes, and takes those only some time after the program has gone on: when there is
+    ``gone_on``."""
+
+    def __init__(self, root: Path, gone_on: Path) -> None:
+        super().__init__(root)
+        self.gone_on = gone_on
+        self.late: list[Call] = []
+        self.taken = 0
+
+    def Write(self, call: files.Write, payload: bytes) -> tuple[object, bytes]:
+        written, _ = super().Write(call, payload)
+        return dataclasses.replace(cast(files.Written, written), room=1 << 20), b""
+
+    async def take(self, answer: Callable[[Call], None]) -> None:
+        while True:
+            while not (self.late and self.gone_on.exists()):
+                await trio.sleep(0.01)
+            await trio.sleep(0.1)
+            while self.late:
+                answer(self.late.pop(0))
+                self.taken += 1
+
+
+async def test_what_a_program_says_is_heard_after_what_it_has_written(
+    machine: Machine, folder: Folder, tmp_path: Path
+) -> None:
+    place, said = machine.home / "a", machine.place(plane="control").log
+    roomy = Roomy(folder.root, tmp_path / "gone on")
+    host = Host({1: roomy}, cast(trio.SocketListener, None))
+    service, links = Service(), list[Link]()
+
+    def answer(call: Call) -> None:
+        links[0].answer(call.id, *host.perform(call))
+
+    def on_call(call: Call) -> None:
+        message = codec.decode(files.CALLS[call.op], call.args)
+        if isinstance(message, files.Write) and message.ahead:
+            roomy.late.append(call)
+        else:
+            answer(call)
+
+    service.on_call(on_call)
+    connection, control = await machine.connect(plane="files"), await machine.connect()
+    async with (
+        connection.session(service, max_payload=MAX_FILES_PAYLOAD, max_backlog=1 << 28) as link,
+        control.session() as commands,
+        trio.open_nursery() as nursery,
+    ):
+        links.append(link)
+        await link.request(MountShares([Share(1, str(place))]))
+        nursery.start_soon(roomy.take, answer)
+        with trio.fail_after(PATIENCE):
+            while True:
+                vain, roomy.taken = given_up(said), 0
+                roomy.gone_on.unlink(missing_ok=True)
+                words = ["python3", "-c", WRITING, str(place / "f"), str(roomy.gone_on)]
+                assert await output_of(commands, *words) == b"written\n"
+                # On a machine that stands still for a second the link goes on without; or no write follows another soon.
+                if given_up(said) == vain and (roomy.taken or roomy.late):
+                    break
+                while roomy.late:
+                    await trio.sleep(0.01)
+        assert not roomy.late
+        assert (folder.root / "f").read_text() == "".join(f"{number:4}" for number in range(20))
+        nursery.cancel_scope.cancel()
+
+
+def given_up(log: Path) -> int:
+    return log.read_text().count("outlet.held_in_vain")
