@@ -1,6 +1,6 @@
 """Operations on the content of files.
 
-The law: what was answered is on the host. A write has reached the host's page cache when it returns (so every
+The law: what is answered is on the host. A write has reached the host's page cache when it returns (so every
 program there sees it), and its disk when ``Sync`` does.
 """
 

@@ -1,8 +1,8 @@
 """One share's file system: each request of the kernel's, to who can answer it.
 
 Whatever has no entry here is ENOSYS, which the kernel takes for "not needed" and asks no more (ACCESS, POLL,
-BMAP, STATX, SYNCFS: what was written is on the host already; OPENDIR: see ``listing``). So are OPEN and FLUSH, unless
-locks are the host's: an open(2) and a close(2) of a file send nothing.
+BMAP, STATX, SYNCFS: what was written is on the host, or in a moment will be; OPENDIR: see ``listing``). So are OPEN
+and FLUSH, unless locks are the host's: an open(2) and a close(2) of a file send nothing.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Random operations on one file, each checked against a model of it; after the idea of Apple's fsx.
 
-    python3 fsx.py DIRECTORY [--host DIRECTORY] [--operations COUNT] [--seed NUMBER]
+    python3 fsx.py DIRECTORY [--host DIRECTORY [--fence FILE]] [--operations COUNT] [--seed NUMBER]
 
 ``--host`` names the same directory as the other side has it. Then the file is also changed there, in
 between, and read back there: what a write, truncate or unmapped store left behind must be on the other
-side when the call has returned. A change over there is seen here soon; and once it is, by fstat(2) and
+side when the call has returned, or, with ``--fence``, when that says so. A change over there is seen here soon; and once it is, by fstat(2) and
 read(2), it is also seen through a mapping that was there before, and stays.
 
-Only the standard library. A failure prints the seed and the last operations, and ends with status 1.
+A failure prints the seed and the last operations, and ends with status 1.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from fence import wait_landed  # run by path: beside this file
 
 LARGEST = 192 * 1024
 """Bytes of the file: enough for several readahead windows and for writes of many pages."""
@@ -67,9 +69,9 @@ def difference(seen: bytes, expected: bytes) -> str:
 class Tester:
     """The file, its model, and every operation on both."""
 
-    def __init__(self, directory: str, host: str | None, seed: int, log: int) -> None:
+    def __init__(self, directory: str, host: str | None, fence: str, seed: int, log: int) -> None:
         self.dice = random.Random(seed)
-        self.directory, self.host = directory, host
+        self.directory, self.host, self.fence = directory, host, fence
         self.name = f"fsx-{seed}"
         self.model = bytearray()
         self.linked = True
@@ -89,7 +91,9 @@ class Tester:
         return os.path.join(self.directory, self.name + suffix)
 
     def host_path(self, suffix: str = "") -> str:
+        """Of the file over there, once all is there that was done here."""
         assert self.host is not None
+        wait_landed(self.fence)
         return os.path.join(self.host, self.name + suffix)
 
     def open(self, flags: int = 0) -> None:
@@ -437,9 +441,9 @@ class Tester:
             os.unlink(self.path())
 
 
-def run(directory: str, host: str | None, seed: int, operations: int, log: int) -> int:
+def run(directory: str, host: str | None, fence: str, seed: int, operations: int, log: int) -> int:
     try:
-        tester = Tester(directory, host, seed, log)
+        tester = Tester(directory, host, fence, seed, log)
         tester.run(operations)
     except (Mismatch, OSError) as error:
         print(f"FAILED: {type(error).__name__}: {error}")
@@ -470,13 +474,13 @@ def main(arguments: list[str]) -> int:
     options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
     seed = int(options.pop("--seed", str(random.SystemRandom().randrange(1 << 32))))
     operations = int(options.pop("--operations", "20000"))
-    host = options.pop("--host", None)
+    host, fence = options.pop("--host", None), options.pop("--fence", "")
     if options:
         print(__doc__, file=sys.stderr)
         return 2
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryFile() as log:
-        if run_apart(arguments[0], host, seed, operations, log.fileno()) == 0:
+        if run_apart(arguments[0], host, fence, seed, operations, log.fileno()) == 0:
             return 0
         log.seek(0)
         print(b"".join(log.readlines()[-KEPT:]).decode() + f"again with --seed {seed}")

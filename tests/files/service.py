@@ -136,6 +136,7 @@ class FilesAgent:
         self._patience = patience
         self._process: subprocess.Popen[bytes] | None = None
         self.store = Store(directory / "notify")
+        self.fence = directory / "fence"
         self.log = directory / "agent.log"
 
     def __enter__(self) -> FilesAgent:
@@ -159,7 +160,7 @@ class FilesAgent:
             **os.environ,
             "PYTHONPATH": str(SOURCES),
             "NOTIFY_SOCKET": str(self.store.path),
-            "AGENTCTL_FENCE": str(self._directory / "fence"),
+            "AGENTCTL_FENCE": str(self.fence),
             "GIVEN_FDS": " ".join(str(fd) for _, fd in kept),
         }
         if kept:

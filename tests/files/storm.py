@@ -37,7 +37,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 @dataclass(frozen=True, slots=True)
 class Configuration:
     """``top``: where it works; ``truth``: the same files on the host; ``locks``: a file to lock in. ``number`` is its own,
-    ``pause`` the mean seconds between two acts, ``changing`` the part of them that change something, ``sentinels`` whether it writes those."""
+    ``pause`` the mean seconds between two acts, ``changing`` the part of them that change something, ``sentinels`` whether it
+    writes those. ``fence``: what tells when that is on the host (``fence.wait_landed``)."""
 
     top: str
     truth: str
@@ -52,6 +53,7 @@ class Configuration:
     changing: float
     looking: bool
     sentinels: bool = False
+    fence: str = ""
 
 
 # --- looking -----------------------------------------------------------------------------------------
@@ -153,6 +155,9 @@ class Actor:
         self._count = 0
         self._log: list[list[Any]] = []
         self._kept: list[int] = []
+        from fence import wait_landed  # beside this file, which is run by path
+
+        self._wait_landed = wait_landed
 
     def run(self) -> None:
         end = time.monotonic() + self._own.seconds
@@ -281,6 +286,7 @@ class Actor:
             self._log.append(
                 ["wrong", slots[0], f"{error!r} {slots} {[truth(self._host(slot)) for slot in slots]}"]
             )
+        self._wait_landed(self._own.fence)
         end = time.monotonic_ns()
         for slot in slots:
             self._log.append(["changed", slot, begin, end, truth(self._host(slot))])

@@ -123,6 +123,7 @@ class Storm:
             changing=1.0 if on_host else 0.04 * (number % 2),
             looking=not on_host,
             sentinels=number == 0,
+            fence="" if on_host else str(self._plane.agent.fence),
         )
 
     @staticmethod

@@ -29,6 +29,8 @@ def fsx(plane: Plane, operations: int, *arguments: str) -> None:
         str(operations),
         "--seed",
         seed(),
+        "--fence",
+        str(plane.agent.fence),
     ]
     finished = plane.run([*argv, *arguments], timeout=60 + operations / 100, status=None)
     print(finished.output)
