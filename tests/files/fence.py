@@ -1,5 +1,5 @@
 """Waiting, in a program of the guest, until all that it was answered for is on the host: as the guest agent does before it
-says anything (``guest_agent.fence``). Only the standard library: it is imported by programs that are run by path."""
+says anything (``guest_agent.fence``). Only the standard library: it is imported by programs that are run by path, too."""
 
 from __future__ import annotations
 

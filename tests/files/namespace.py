@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from protocol.outlet import MAX_HELD
+from tests.files.fence import wait_landed
+
 MOUNT_TYPE = "fuse.agentctl"
 
 FORCE_DETACH = "import ctypes, sys; [ctypes.CDLL(None).umount2(path.encode(), 3) for path in sys.argv[1:]]"
@@ -138,6 +141,11 @@ class Namespace:
         if paths:
             subprocess.run(self.command([sys.executable, "-c", FORCE_DETACH, *paths]), timeout=30, check=True)
 
+    def wait_landed(self) -> None:
+        """Until what the guest was answered for is on the host; as long as the guest agent waits with what it says."""
+        with contextlib.suppress(FileNotFoundError, TimeoutError):
+            wait_landed(str(self._top / "fence"), MAX_HELD)
+
     def start(self, argv: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None) -> Running:
         return Running(
             self.command([*IN_DIRECTORY, str(cwd), *argv]), cwd="/", env={**os.environ, **(env or {})}
@@ -161,6 +169,7 @@ class Namespace:
                 if not running.kill():
                     self.force_unmount()
                 raise Stuck(f"{argv} did not end within {timeout:g} s; it said {said}") from None
+        self.wait_landed()
         if status is not None and finished.status != status:
             raise AssertionError(
                 f"{list(argv)} ended with {finished.status}\n{finished.output[-8000:]}\n{finished.errors[-8000:]}"

@@ -75,6 +75,7 @@ class Sight:
             piece = os.read(self._process.stdout.fileno(), 1 << 20)
             assert piece, "the process that looks at the mount has ended"
             self._said += piece
+        self._namespace.wait_landed()
         line, _, self._said = self._said.partition(b"\n")
         said = json.loads(line)
         if isinstance(said, dict) and "error" in said:
