@@ -6,6 +6,7 @@ The laws:
   and never stops the server. An answer for a session that is over goes nowhere, but what was done is remembered.
 - Before a batch of answers leaves, the journal has been written.
 - A call with a large answer begins when there is room for that (``Admission``); the others go on meanwhile.
+- What comes behind a write that the guest has answered for already finds it done (``Behind``).
 - What is read goes straight into memory that the guest has mapped, where there is such (``protocol.bulk``), and what
   is written comes straight from it.
 """
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 from fileserver import prompt
 from fileserver.admission import Admission, Room
+from fileserver.behind import Behind, is_ahead
 from fileserver.entries import MAX_ANSWER, Records
 from fileserver.journal import Journal
 from fileserver.ledger import Answer, CallKey, Ledger
@@ -53,6 +55,8 @@ from protocol.files import (
     ReadMany,
     Removed,
     Renamed,
+    Write,
+    Written,
 )
 from protocol.lane import Lane
 from protocol.link import Link
@@ -84,6 +88,12 @@ _ABOVE: Final = {
 _LOOKUPS: Final = (Lookup, ListEntries)
 """What counts lookups, though it changes nothing on the host."""
 
+_SAME_WRITE: Final = [field.name for field in fields(Write)].index("ahead")
+"""Arguments by which a write is known again: who asks for the second time need not have answered for it as well."""
+
+_ROOM: Final = [field.name for field in fields(Written)].index("room")
+"""Where a result says what is so for a moment only."""
+
 _DONE: Final[list[Any]] = []
 """A result without fields, encoded."""
 
@@ -110,11 +120,18 @@ class _Job:
     digest: int = 0
     begun: bytes | None = None  # the precondition, if a killed server may have done it
     counted: Sequence[int] = ()  # the nodes that an earlier answer to this lookup counted
+    behind: Behind[_Job] | None = None  # where to tell, for a write that others wait for
     errno: int = 0
     value: object = None
     result: object = None
     content: bytes | bytearray | memoryview | Run = b""
     promise: Promise | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """What is remembered of it."""
+        value: Any = self.value
+        return Answer(self.digest, self.errno, value[:_ROOM] if type(self.result) is Written else value)
 
     @property
     def run(self) -> Run | None:
@@ -140,6 +157,8 @@ class Calls:
         self._completions: Completions[_Job] = Completions(self._deliver, lane)
         self._link: Link | None = None
         self._waiting = self._waiting_bytes = 0
+        self._behind: dict[Share, Behind[_Job]] = {}
+        self._going_on = False
         self._admission: Admission[_Job] = Admission(
             self._submit,
             lambda: 0 if self._link is None else self._link.backlog,
@@ -162,13 +181,18 @@ class Calls:
 
     def end_session(self) -> None:
         """Nobody waits any more for what has not begun; a changing call is never held back."""
-        for job in self._admission.drop():
+        dropped = self._admission.drop()
+        for behind in self._behind.values():
+            dropped += behind.drop()
+        for job in dropped:
             self._waiting -= 1
             self._waiting_bytes -= len(job.payload)
             _answer(job.asker, errno.EIO)  # which goes nowhere, but nothing of the call is kept
+            if job.counted and self._shares.get(job.share.folder.id) is job.share:
+                job.share.workers.submit(partial(_give_back, job.share, job.counted))
 
     def drop(self, share: int) -> None:
-        """``share`` is not served any more."""
+        """``share`` is not served any more. What waits there is done as it closes (``_close_behind``)."""
         self._once.drop(share)
 
     # --- taking ------------------------------------------------------------------------------------
@@ -211,6 +235,14 @@ class Calls:
             job.counted = self._glimpses.take(call)
         self._waiting += 1
         self._waiting_bytes += len(job.payload)
+        if self._behind and (behind := self._behind.get(job.share)) is not None and behind.holds(call):
+            behind.wait(call, job)
+        else:
+            self._begin(job)
+
+    def _begin(self, job: _Job) -> None:
+        """Its turn has come."""
+        call = job.call
         if prompt.is_small(call, job.payload) and job.share.is_prompt:
             self._do_at_once(job)
         elif size := _size_of_answer(call):
@@ -229,16 +261,55 @@ class Calls:
 
     def _submit(self, job: _Job, room: Room | None = None) -> None:
         job.room = room
-        if room is None or self._shares.get(job.share.folder.id) is job.share:
+        if room is not None and self._shares.get(job.share.folder.id) is not job.share:
+            self._refuse(job)  # its threads may have ended while it was held back
+        elif is_ahead(job.call):
+            self._submit_ahead(job)
+        else:
             job.share.workers.submit(lambda: self._work(job))
-        else:  # its threads may have ended while it was held back
-            job.errno = errno.ENODEV
-            self._completions.put(job)
+
+    def _refuse(self, job: _Job) -> None:
+        job.errno = errno.ENODEV
+        self._completions.put(job)
+
+    def _submit_ahead(self, job: _Job) -> None:
+        """All that comes waits for it from now on, but what may overtake."""
+        share = job.share
+        behind = self._behind.setdefault(share, Behind())
+        share.on_close = partial(self._close_behind, share)
+        batch = behind.begin(job.call, job)
+        for each in batch.items:
+            each.behind = behind
+        share.workers.submit(partial(batch.run, self._work))
+
+    def _close_behind(self, share: Share) -> None:
+        """``share`` is about to close: what waits is done before that, unless it needs room for its answer."""
+        if (behind := self._behind.pop(share, None)) is not None:
+            batch, left_out = behind.close(lambda call: _size_of_answer(call) > 0)
+            share.workers.submit(partial(batch.run, self._work))
+            for job in left_out:
+                self._refuse(job)
+
+    def _go_on(self) -> None:
+        """Begin what has waited for writes that are done now."""
+        if self._going_on:  # one that waited was done at once, and the next one follows there
+            return
+        self._going_on = True
+        try:
+            for share, behind in list(self._behind.items()):
+                while (job := behind.next()) is not None:
+                    self._begin(job)
+                if not behind:
+                    del self._behind[share]
+        finally:
+            self._going_on = False
 
     def _ask(self, job: _Job, frame: messages.Call) -> bool:
         """Whether there is anything to do about a changing call."""
         call: Any = job.call
-        key, content = (call.share, call.unique), digest(frame.op, frame.args, frame.payload)
+        said: Any = frame.args
+        arguments = said[:_SAME_WRITE] if type(call) is Write else said
+        key, content = (call.share, call.unique), digest(frame.op, arguments, frame.payload)
         verdict = self._once.ask(key, content, job.asker)
         if isinstance(verdict, Answer):
             _answer(job.asker, verdict.errno, verdict.value)
@@ -251,17 +322,19 @@ class Calls:
     # --- doing, in a thread of the share, or at once -----------------------------------------------
 
     def _work(self, job: _Job) -> None:
-        if job.asker.link is self._link or job.call.CHANGES:
-            self._try(job)
-        elif job.counted:
-            _give_back(job.share, job.counted)
-        self._completions.put(job)
+        try:
+            if job.asker.link is self._link or job.call.CHANGES:
+                self._try(job)
+            elif job.counted:
+                _give_back(job.share, job.counted)
+        finally:
+            self._completions.put(job)
 
     def _try(self, job: _Job) -> None:
         try:
             outcome = self._do(job)
-            job.result, job.content, job.promise = outcome.value, outcome.payload, outcome.promise
             job.value = _DONE if outcome.value is None else codec.encode(outcome.value)
+            job.result, job.content, job.promise = outcome.value, outcome.payload, outcome.promise
         except OSError as error:
             job.errno = error.errno or errno.EIO
         except WouldWait:
@@ -270,7 +343,7 @@ class Calls:
             logger.exception("call.failed kind=%s", type(job.call).__name__)
             job.errno = errno.EIO
         if job.once is not None and type(job.call) is not Forget:
-            self._journal.outcome(job.key, Answer(job.digest, job.errno, job.value))
+            self._journal.outcome(job.key, job.answer)
 
     def _do(self, job: _Job) -> Outcome:
         call = job.call
@@ -306,13 +379,17 @@ class Calls:
                     job.run.give_back()
             if job.room is not None:
                 self._admission.ended(job.room)
+            if job.behind is not None:
+                job.behind.ended(job.call)
         self._admission.go_on()
+        if self._behind:
+            self._go_on()
 
     def _conclude(self, job: _Job) -> None:
         job.share.noticed(job.call)
         askers = [job.asker]
         if job.once is not None:
-            askers = job.once.done(job.key, Answer(job.digest, job.errno, job.value))
+            askers = job.once.done(job.key, job.answer)
         if job.promise is not None:
             _promise(job)
         if isinstance(job.call, _LOOKUPS) and job.result is not None:

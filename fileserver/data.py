@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections.abc import Callable
 from typing import Any, Final
@@ -21,6 +22,7 @@ from fileserver.linux import (
     failure,
 )
 from fileserver.nodes import Node
+from fileserver.root import Fullness
 from fileserver.signatures import giving, written
 from protocol.api import Done
 from protocol.bulk import Run
@@ -41,6 +43,13 @@ from protocol.files import (
 MAX_COPY: Final = 64 << 20
 """Bytes of one ``CopyRange``: a disk needs less than a second for them. The guest asks for the rest again."""
 
+RESERVE: Final = 64 << 20
+"""Bytes of a filesystem that are promised to nobody: for what programs of the host write meanwhile, and for what the
+filesystem itself needs to know of it all. As much as a guest has under way at the most."""
+
+MAX_ROOM: Final = 1 << 62
+"""What a number on the link can say."""
+
 _ALLOCATIONS: Final = frozenset(
     {
         0,
@@ -56,8 +65,10 @@ _ALLOCATIONS: Final = frozenset(
 class DataOperations:
     """One share's."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, fullness: Fullness) -> None:
         self._core = core
+        self._fullness = fullness
+        self._is_limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
         self._reach = core.reach
         self._files = core.files
 
@@ -139,7 +150,21 @@ class DataOperations:
             if call.kill_privilege and self._core.kill_privilege(descriptor, after):
                 after = linux.fstatx(descriptor)
             written(node, before, after, call.offset + size, heard)
-        return Outcome(Written(size, offset, self._core.attr(after)))
+        room = self._room(node, descriptor) if size == len(payload) else 0
+        return Outcome(Written(size, offset, self._core.attr(after), room))
+
+    def _room(self, node: Node, descriptor: int) -> int:
+        """Bytes of which it can be said now that there is space for them. None where that is only seen later, and none
+        while something was refused lately: it may be a quota, which nobody can be asked about."""
+        if self._fullness.full or self._is_limited:
+            return 0
+        try:
+            if not self._reach.devices.of(node.key[0], descriptor).accounts:
+                return 0
+            size = os.fstatvfs(descriptor)
+        except OSError:  # the write itself is done
+            return 0
+        return min(max(0, size.f_bavail * size.f_frsize - RESERVE), MAX_ROOM)
 
     def allocate(self, call: Allocate, payload: object) -> Outcome:
         if call.mode not in _ALLOCATIONS:

@@ -97,10 +97,12 @@ overlayfs: a file has another handle once it is copied up. Not zfs: a rollback c
 @dataclass(frozen=True, slots=True)
 class Device:
     """``births``: the time of birth tells files apart. ``unsettled_ns``: for so long after a change may the time stamps
-    stay the same over the next one (``signatures``)."""
+    stay the same over the next one (``signatures``). ``accounts``: what it says is
+    free can be written, but for a user's quota: it is local, and write(2) fails at once where there is no space."""
 
     births: bool
     unsettled_ns: int
+    accounts: bool = False
 
 
 def described(filesystem: int) -> Device:
@@ -113,7 +115,7 @@ def described(filesystem: int) -> Device:
     else:
         unsettled = NEVER_NS
     # Copying a file up gives it another time of birth on overlayfs.
-    return Device(filesystem != _OVERLAYFS, unsettled)
+    return Device(filesystem != _OVERLAYFS, unsettled, tells(filesystem))
 
 
 def tells(filesystem: int) -> bool:

@@ -138,6 +138,8 @@ class Share:
         self.workers = Workers(f"share-{folder.id:08x}")
         # Apart from the calls: those wait for what is done here first.
         self._housekeeper = Workers(f"house-{folder.id:08x}", 1, 1)
+        self.on_close: Callable[[], None] = lambda: None
+        """Called before all ends: the last chance to give the threads something to do."""
         self.calls = 0
         self.bytes_read = self.bytes_written = 0
         self.guest = GuestStage.WAITING
@@ -235,6 +237,7 @@ class Share:
     def close(self, *, for_good: bool = False) -> None:
         """Serve no more: what was asked is still done, then everything is let go of. ``for_good``: no successor is to
         have what was kept for it."""
+        self.on_close()
         self._for_good = for_good
         self._closed = True
         self._nap.cancel()

@@ -116,7 +116,7 @@ class Tree:
             **names.methods(),
             **EntryOperations(core, names).methods(),
             **AttributeOperations(core).methods(),
-            **DataOperations(core).methods(),
+            **DataOperations(core, self._fullness).methods(),
             **ContentOperations(core).methods(),
         }
         self._judgement = Judgement(core, self.perform)

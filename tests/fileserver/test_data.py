@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fileserver import data
+from fileserver import data, linux
 from protocol.files import (
     MAX_DATA,
     ROOT,
@@ -24,6 +26,7 @@ from protocol.files import (
 )
 from tests.fileserver.served import Served, attr, refused, serving
 
+EXT4, NFS = 0xEF53, 0x6969
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO = 1, 2, 8, 16
 TERABYTE = 1 << 40
 
@@ -137,6 +140,108 @@ def test_a_refusal_of_the_disk_reaches_the_writer(
     assert share.ask(Write, file, 0, payload=b"0123456789").size == 4
     assert share.refused(Write, file, 4, payload=b"456789") == errno.errorcode[number]
     assert share.tree.describe().full == (number != errno.EIO)
+
+
+def on(share: Served, monkeypatch: pytest.MonkeyPatch, filesystem: int) -> None:
+    """What the files are on, from now on."""
+    monkeypatch.setattr(linux, "filesystem_type", lambda descriptor: filesystem)
+    share.tree._core.reach.devices.forget()
+
+
+def free(share: Served, monkeypatch: pytest.MonkeyPatch, size: int, filesystem: int = EXT4) -> None:
+    """Bytes that the filesystem says it has for us."""
+    on(share, monkeypatch, filesystem)
+    frsize = 4096
+    monkeypatch.setattr(
+        data.os, "fstatvfs", lambda descriptor: SimpleNamespace(f_bavail=size // frsize, f_frsize=frsize)
+    )
+
+
+def room(share: Served, file: int, *, append: bool = False) -> int:
+    written = share.ask(Write, file, 0, append, payload=b"0123456789")
+    assert written.size == 10
+    told: int = written.room
+    return told
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (0, 0),
+        (data.RESERVE, 0),
+        (data.RESERVE + 8192, 8192),
+        (TERABYTE, TERABYTE - data.RESERVE),
+        (1 << 70, data.MAX_ROOM),
+    ],
+)
+@pytest.mark.parametrize("append", [False, True])
+def test_what_may_be_written_ahead_is_free_but_for_the_reserve(
+    share: Served, file: int, monkeypatch: pytest.MonkeyPatch, size: int, expected: int, append: bool
+) -> None:
+    free(share, monkeypatch, size)
+    assert room(share, file, append=append) == expected
+
+
+def test_the_room_is_that_of_the_filesystem(
+    share: Served, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(share, monkeypatch, EXT4)
+    before = os.statvfs(share.path)
+    if before.f_bavail * before.f_frsize < 2 * data.RESERVE:
+        pytest.skip("there is no room here")
+    assert 0 < room(share, file) <= before.f_blocks * before.f_frsize
+
+
+def test_no_room_where_it_is_seen_too_late_that_there_was_none(
+    share: Served, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(share, monkeypatch, TERABYTE, NFS)
+    assert room(share, file) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room_after_a_short_write_nor_while_the_disk_is_called_full(
+    share: Served, file: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(share, monkeypatch, TERABYTE)
+    assert room(share, file) > 0
+    pwrite = os.pwrite
+
+    def until_full(descriptor: int, rest: memoryview, offset: int) -> int:
+        if offset >= 4:
+            raise OSError(number, os.strerror(number))
+        return pwrite(descriptor, rest[:4], offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "pwrite", until_full)
+        written = share.ask(Write, file, 0, payload=b"0123456789")
+        assert (written.size, written.room) == (4, 0)
+        assert share.refused(Write, file, 4, payload=b"456789") == errno.errorcode[number]
+    assert room(share, file) == 0
+    share.tree._fullness.full = False
+    assert room(share, file) > 0
+
+
+def test_no_room_where_a_process_may_write_only_so_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1 << 30, resource.RLIM_INFINITY))
+    with serving(tmp_path) as share:
+        node = share.ask(Create, ROOT, b"f", 0o644, os.O_RDWR).node
+        free(share, monkeypatch, TERABYTE)
+        assert room(share, node) == 0
+
+
+def test_a_write_that_is_done_does_not_fail_because_nobody_knows_how_much_is_free(
+    share: Served, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, "")
+
+    free(share, monkeypatch, TERABYTE)
+    monkeypatch.setattr(data.os, "fstatvfs", failing)
+    assert room(share, file) == 0
+    assert content(share) == b"0123456789"
 
 
 def test_devices_fifos_and_directories_have_no_data(share: Served) -> None:

@@ -35,7 +35,7 @@ def status(tmp_path: Path) -> linux.Status:
 
 
 def test_local_disks_have_fine_time_stamps() -> None:
-    assert described(EXT4) == Device(births=True, unsettled_ns=UNSETTLED_NS)
+    assert described(EXT4) == Device(births=True, unsettled_ns=UNSETTLED_NS, accounts=True)
     assert described(OVERLAY) == Device(births=False, unsettled_ns=UNSETTLED_NS)
     assert described(HFS_PLUS).unsettled_ns == COARSE_NS > 2 * 10**9
 
@@ -50,10 +50,12 @@ def test_time_stamps_that_prove_nothing(filesystem: int) -> None:
 )
 def test_filesystems_on_which_things_happen_without_a_word(filesystem: int) -> None:
     assert not tells(filesystem)
+    assert not described(filesystem).accounts
 
 
 def test_filesystems_whose_changes_are_all_told() -> None:
     assert all(tells(filesystem) for filesystem in (EXT4, XFS, BTRFS, TMPFS))
+    assert all(described(filesystem).accounts for filesystem in (EXT4, XFS, BTRFS, TMPFS))
 
 
 def test_a_device_is_asked_once_until_it_is_forgotten(
