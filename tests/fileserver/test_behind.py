@@ -374,6 +374,28 @@ async def test_a_session_that_ends_loses_no_change(place: Path, monkeypatch: pyt
         await until(lambda: not host.in_use)
 
 
+async def test_what_was_said_just_before_the_end_is_done(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has left the guest, and nobody has waited for more."""
+    async with waiting(place) as guest:
+        async with guest.session():
+            program = await writer(guest, monkeypatch)
+            program.gate.open()
+            await program.finish(*program.writes)
+            for _ in range(20):
+                program.write(10)
+            link = guest.kernel.link
+            assert link is not None
+            while link.backlog:
+                await trio.lowlevel.checkpoint()
+        guest.kernel.pending.clear()
+        async with guest.session():
+            await program.finish(program.begin(GetAttributes, program.node))
+            assert program.written == program.content
+            await program.all_over()
+
+
 async def test_what_is_asked_again_while_it_waits_is_done_once(
     place: Path, monkeypatch: pytest.MonkeyPatch, done: list[FileCall[Any]]
 ) -> None:

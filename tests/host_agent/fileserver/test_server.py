@@ -188,7 +188,7 @@ async def test_a_changing_call_asked_again_is_done_once(place: Path) -> None:
         append = Write(SHARE, kernel.unique(), entry.node, 0, append=True)
         answers = [await kernel.ask(append, b"line\n") for _ in range(3)]
         assert (guest.root / "log").read_bytes() == b"line\n"
-        assert answers[0] == answers[1] == answers[2]
+        assert replace(answers[0], room=0) == answers[1] == answers[2]
         unlink = Unlink(SHARE, kernel.unique(), ROOT, b"nothing")
         for _ in range(2):
             with pytest.raises(FileNotFoundError):
