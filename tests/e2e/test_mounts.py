@@ -240,6 +240,19 @@ def kill(vm: Instance, victim: str) -> None:
         eventually(lambda: files_agent_pid(vm) not in (0, pid))
 
 
+def test_what_a_program_says_comes_after_what_it_has_written(vm: Instance, project: Path) -> None:
+    """Writes that follow each other are answered before they are here; the exit status and the output wait for them."""
+    script = f"exec 3>>{project}/said; i=0; while [ $i -lt 500 ]; do i=$((i + 1)); echo $i >&3; echo $i; done"
+    with vm.popen("exec", "-u", "root", "sh", "-c", script, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        for number in map(int, program.stdout):
+            assert lines(project / "said") >= number
+    assert program.returncode == 0
+    assert (project / "said").read_text() == "".join(f"{number}\n" for number in range(1, 501))
+    large = f"head -c 20000000 /dev/zero >{project}/large && stat -c %s {project}/large"
+    assert int(vm.guest(large)) == (project / "large").stat().st_size == 20_000_000
+
+
 @pytest.mark.parametrize("victim", ["file server", "files agent", "host agent"])
 def test_a_file_without_a_name_survives_a_killed_agent(
     vm: Instance, image: str, project: Path, victim: str
