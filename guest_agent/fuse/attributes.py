@@ -22,6 +22,8 @@ from protocol.files import (
 PASSED_ON: Final = b"user."
 """The extended attributes that are the host's; all others mean something to one kernel only."""
 CAPABILITY: Final = b"security.capability"
+ASKED_BY_LS: Final = (b"security.selinux", b"system.posix_acl_access")
+"""Of what ls(1) is given first, before it reads it, up to coreutils 9.5."""
 ROOM_FOR_NAMES: Final = 256
 """XATTR_NAME_MAX and a NUL. Who offers less does not want the names of any attributes, but looks for the system's:
 ls(1) since coreutils 9.6 (gnulib's file-has-acl.c, 152 bytes)."""
@@ -79,6 +81,8 @@ async def getxattr(volume: Volume, request: Request) -> bytes:
     room, name = bodies.parse_getxattr(request.body)
     if not name.startswith(PASSED_ON):
         # Before each write(2) the kernel itself asks for security.capability, so this must cost nothing.
+        if name in ASKED_BY_LS:
+            await volume.listings.listed_at_length(request.nodeid)
         raise OSError(_absence(name), "")
     names = volume.xattrs.known(request.nodeid)
     if names is not None and name not in names.split(b"\0"):
@@ -97,6 +101,8 @@ def _absence(name: bytes) -> int:
 
 async def listxattr(volume: Volume, request: Request) -> bytes:
     room = bodies.parse_listxattr(request.body)
+    if 0 < room < ROOM_FOR_NAMES:
+        await volume.listings.listed_at_length(request.nodeid)
     names = volume.xattrs.known(request.nodeid)
     if names is None:
         unique = request.unique ^ volume.salt

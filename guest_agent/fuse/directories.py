@@ -231,6 +231,11 @@ class Directories:
             for piece in directory.pieces
         )
 
+    def is_one_piece(self, node: int) -> bool:
+        """Whether all of a directory, or nothing, is in a single piece."""
+        directory = self._directories.get(node)
+        return directory is None or (len(directory.pieces) == 1 and directory.pieces[0].end)
+
     def is_listable(self, node: int) -> bool:
         """Whether whoever begins to read the directory may read what is here."""
         return (directory := self._directories.get(node)) is not None and directory.listable

@@ -33,11 +33,12 @@ from __future__ import annotations
 import errno
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterator, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
-from guest_agent.fuse.ahead import Ahead, Interest
+from guest_agent.fuse.ahead import MAX_UNDER_WAY, MOST_UNDER_WAY, Ahead, Interest
 from guest_agent.fuse.arrival import Arrival
+from guest_agent.fuse.bare import BarePages
 from guest_agent.fuse.directories import Directories
 from guest_agent.fuse.host import Ask
 from guest_agent.fuse.operation import Resume, Wait, spawn, start
@@ -110,6 +111,12 @@ class Mount(Protocol):
 
     def drop(self, node: int) -> Drop: ...
 
+    def drop_soon(self, node: int) -> Awaitable[bool]:
+        """The same, but nobody is to wait for long."""
+
+    def drop_pages(self, directories: Sequence[int]) -> None:
+        """Have the kernel ask for their names anew, in its own time."""
+
     def give_back(self, nodes: Sequence[int]) -> None:
         """One lookup of each."""
 
@@ -157,6 +164,7 @@ class Listings:
         """By directory; of one that was asked for twice at a time, the first."""
         self._ahead = Ahead(self.directories.sorted_by_name, host.scaled)
         self._interest = Interest()
+        self._bare = BarePages()
         self._clock = clock
         self._whole_until = 0.0
         """Until when directories are listed with nodes and attributes of all names."""
@@ -170,9 +178,12 @@ class Listings:
     async def read(self, unique: int, node: int, off: int, size: int) -> bytes:
         """Whole records after ``off``, at least one unless there are none, and at most ``size`` bytes."""
         dots = _DOTS.get(off, b"")
+        is_foreseen = False
         if not off:
             self._visited(node, reading=True)
-        piece, index = await self._find(unique, node, off)
+            if (is_foreseen := self._bare.is_foreseen(node)) and self._bare.came(node):
+                self._walk_on(node)
+        piece, index = await self._find(unique, node, off, is_foreseen=is_foreseen)
         records = self.directories.page(piece, index, size - len(dots))
         if dots or records:
             if not piece.bare:
@@ -186,7 +197,23 @@ class Listings:
     def lookup(self, node: int, name: bytes) -> bytes | None:
         """What is known of a name, as ``Directories.lookup``."""
         self._visited(node, reading=False)
-        return self.directories.lookup(node, name)
+        found = self.directories.lookup(node, name)
+        if found and self._bare.looked_up(node):
+            if not self.directories.is_one_piece(node):
+                self._mount.drop_pages([node])  # its reader has not had most of it yet
+            self._walk_on(node)
+        return found
+
+    async def listed_at_length(self, node: int) -> None:
+        """ls(1) is about to: it asks for a label or an ACL of what it is given first, before it reads it and, if all is
+        to be listed, the first directory below."""
+        self._bare.expect(node)
+        below = self._bare.drop(self._ahead.below(node, 1), most=2)
+        if nodes := [node, *below] if self._bare.is_foreseen(node) else below:
+            self._whole_until = self._clock() + WHOLE
+            self._list_leaves(nodes)
+            self._mount.drop_pages(nodes[1:])
+            await self._mount.drop_soon(nodes[0])
 
     def is_coming(self, node: int) -> bool:
         """Whether ``wait`` may help, where nothing is known of a name."""
@@ -257,11 +284,13 @@ class Listings:
     def forgotten(self, nodes: Sequence[int]) -> None:
         """The kernel has forgotten them."""
         self.directories.forgotten(nodes)
+        self._bare.forget(nodes)
         self._spoil(nodes)
 
     def changed(self, changed: Changed) -> None:
         """The host says so."""
         self.directories.changed(changed)
+        self._bare.forget(changed.directories)
 
     def drop(self, *nodes: int) -> None:
         """Data or attributes of these are not what they were."""
@@ -280,13 +309,17 @@ class Listings:
 
     # --- pieces ----------------------------------------------------------------------------------------
 
-    async def _find(self, unique: int, node: int, off: int) -> tuple[Piece, int]:
+    async def _find(
+        self, unique: int, node: int, off: int, *, is_foreseen: bool = False
+    ) -> tuple[Piece, int]:
+        """``is_foreseen``: names, which are here, will not do for whoever reads that."""
         after = 0 if off <= _PARENT_OFF else off
         found = self._here(node, off, after)
-        if found is None and (coming := self._coming.get(node)) is not None and coming.after == after:
+        is_poor = is_foreseen and not self._is_bare() and (found is None or found[0].bare)
+        if (found is None or is_poor) and (coming := self._coming.get(node)) and coming.after == after:
             await coming.until(unique)
             found = self._here(node, off, after)
-        if found is None:
+        if found is None or (is_poor and found[0].bare):
             piece = await self._fetch(unique, node, after, bare=self._is_bare())
             if piece.promised:
                 if not after and self._host.is_far:
@@ -358,9 +391,24 @@ class Listings:
         """Somebody wants more than names, and will in those that follow, too. (Not where something below is here, which
         would be lost.)"""
         if self._host.is_far:
-            for node in self._ahead.following(wanted):
-                if node not in self._coming and self.directories.is_leaf_of_names(node):
-                    self._list_ahead(node, 0)
+            self._list_leaves(self._ahead.following(wanted))
+
+    def _walk_on(self, node: int) -> None:
+        """Somebody looks at all files of one directory after the other, and has come to this one."""
+        # More than are dropped: some of them were already.
+        room = 2 * self._bare.room
+        following = [*self._ahead.below(node, room), *self._ahead.beside(node, room)]
+        if dropped := self._bare.drop(following):
+            self._mount.drop_pages(dropped)
+        if self._is_bare():
+            return
+        most = self._host.scaled(MAX_UNDER_WAY, MOST_UNDER_WAY)
+        self._list_leaves([one for one in following if self._bare.is_foreseen(one)][:most])
+
+    def _list_leaves(self, nodes: Sequence[int]) -> None:
+        for node in nodes:
+            if node not in self._coming and self.directories.is_leaf_of_names(node):
+                self._list_ahead(node, 0)
 
     def _list_ahead(self, node: int, after: int, *, bare: bool = False) -> None:
         start(self._fetch_ahead(node, after, bare), _Nobody(), 0)
@@ -387,6 +435,8 @@ class Listings:
         """A stream of ``node`` is at its end: the kernel is about to believe in its pages."""
         if not piece.promised:
             self.directories.drop(node)
+        unknown = len(piece.nodes) if piece.after else piece.nodes.count(0)
+        self._bare.keep(node, unknown if piece.bare and piece.promised else 0)
         while node in self._loose or (self._inherited and node not in self._dropped):
             self._loose.pop(node, None)
             if self._inherited:

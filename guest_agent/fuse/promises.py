@@ -91,6 +91,8 @@ class Promises:
         """What waits for the kernel, by directory; 0: what no directory's lock is known for."""
         self._attributes: dict[int, None] = {}
         """Nodes whose attributes wait to be dropped, and nothing else of theirs."""
+        self._poor: dict[int, None] = {}
+        """Directories whose pages wait to be dropped, though they are right."""
         self._waiting = 0
         self._under_way = 0
 
@@ -166,6 +168,11 @@ class Promises:
             raise RemoteProtocolError(f"more than {MAX_WAITING} changes wait for the guest's kernel")
         self._pump()
 
+    def drop_pages(self, directories: Sequence[int]) -> None:
+        """Have the kernel ask for their names anew. What it has is right, so there is no barrier, and no hurry."""
+        self._poor.update(dict.fromkeys(reversed(directories)))  # the last is taken first
+        self._pump()
+
     def void(self) -> None:
         """The session has ended, and with it all that was promised in it.
 
@@ -200,7 +207,7 @@ class Promises:
     # --- sequences -----------------------------------------------------------------------------------
 
     def _pump(self) -> None:
-        while self._under_way < MAX_UNDER_WAY and (self._places or self._attributes):
+        while self._under_way < MAX_UNDER_WAY and (self._places or self._attributes or self._poor):
             self._under_way += 1
             self._writer.sequence(b"".join(self._next()), self._done)
 
@@ -211,6 +218,8 @@ class Promises:
     def _next(self) -> list[bytes]:
         if self._attributes:
             return [abi.inval_inode(node, -1, 0) for node in _take(self._attributes)]
+        if not self._places:
+            return [abi.inval_inode(node, 0, 0) for node in _take(self._poor)]
         directory = next(iter(self._places))
         place = self._places.pop(directory)
         names = _take(place.names)

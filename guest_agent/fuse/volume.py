@@ -77,6 +77,10 @@ APPEND_PATIENCE: Final = 0.02
 """Seconds that an append which went elsewhere waits for its page to be dropped. Either that takes far less, or
 the kernel holds the page until the answer, and nobody sees it meanwhile."""
 
+DROP_PATIENCE: Final = 0.05
+"""Seconds that somebody waits for a drop that only spares messages. Others may have all threads that write drops wait
+for pages of a file, for as long as the host is away."""
+
 AFTER_ANSWER: Final = 0.002
 """Seconds after the answer to a GETATTR until its caller will have stored it, if it was given a processor meanwhile."""
 
@@ -194,6 +198,14 @@ class Volume:
         else:
             self.unlearned.add(node)
             await self.drop(node)
+
+    def drop_soon(self, node: int) -> _Within:
+        """The same, for ``DROP_PATIENCE`` at the most: what is dropped was right."""
+        return _Within(self.drop(node), DROP_PATIENCE, self.timers)
+
+    def drop_pages(self, directories: Sequence[int]) -> None:
+        """Have the kernel ask for the names of these anew, in its own time."""
+        self.promises.drop_pages(directories)
 
     def drop_name(self, parent: int, name: bytes) -> None:
         """Have the kernel forget a name, in its own time: only memory depends on it."""

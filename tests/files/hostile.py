@@ -275,9 +275,9 @@ class HostileGuest:
                 mapped.own[first * SLOT : first * SLOT + MAX_RUN] = content
                 assert self.write(node, [first, MAX_RUN]).errno == 0
         assert self.lent == ALL
-        assert self.use() == Use(True, 0, ALL, 0, 0, 0, 0, self.use().received)
+        assert self.use() == Use(True, 0, ALL, 0, 0, 0, 0, self.use().received, 0)
         self.free(ALL)
-        assert self.use() == Use(True, 0, 0, 0, 0, 0, 0, self.use().received)
+        assert self.use() == Use(True, 0, 0, 0, 0, 0, 0, self.use().received, 0)
         (self.top / "open/check").unlink()
 
 

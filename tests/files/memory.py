@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -76,7 +76,8 @@ def memory(directory: Path) -> Iterator[Memory]:
 class Use:
     """Of a process' memory. Masks have a bit for each slot: of its own half those that it fills or keeps (``mine``), that
     the peer reads (``lent``) and has read since earlier sessions (``busy``); of the peer's those that it reads
-    (``held``) and has yet to give back (``frees``). ``old``: loans of earlier sessions; ``received``: all ever."""
+    (``held``) and has yet to give back (``frees``). ``old``: loans of earlier sessions; ``received``: all ever. And how
+    many ``requests`` the guest's kernel has made."""
 
     active: bool
     mine: int
@@ -86,6 +87,7 @@ class Use:
     frees: int
     old: int
     received: int
+    requests: int = field(compare=False)
 
 
 def use_of(pid: int, where: Path) -> Use | None:

@@ -1,4 +1,4 @@
-"""An agent of the files plane, the real one, that says on SIGUSR1 how its memory is used.
+"""An agent of the files plane, the real one, that says on SIGUSR1 how its memory is used, and what the kernel has asked.
 
     python3 -m tests.files.observed [--patience SECONDS] [--memory PATH OFFSET] [--lose N] [--listen] [--attached]
                                     [--packed] SAY MODULE [ARGUMENT ...]
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    _observe(options.say)
+    _observe(options.say, _count_requests() if options.module.startswith("guest_agent") else [0])
     if options.memory is not None:
         _map(options.memory[0], int(options.memory[1]))
     if options.patience is not None:
@@ -59,7 +59,21 @@ def main() -> None:
     runpy.run_module(options.module, run_name="__main__", alter_sys=True)
 
 
-def _observe(where: Path) -> None:
+def _count_requests() -> list[int]:
+    from guest_agent.fuse.filesystem import Filesystem
+
+    handle, handled = Filesystem.handle, [0]
+
+    @functools.wraps(handle)
+    def count(self: Filesystem, request: Any) -> None:
+        handled[0] += 1
+        handle(self, request)
+
+    Filesystem.handle = count  # type: ignore[method-assign]
+    return handled
+
+
+def _observe(where: Path, requests: list[int]) -> None:
     all_of_them: list[bulk.Bulk] = []
     received: dict[int, int] = {}
     begin, receive = bulk.Bulk.__init__, bulk.Bulk.receive
@@ -87,6 +101,7 @@ def _observe(where: Path) -> None:
                     "frees": one._frees,
                     "old": sum(one._old),
                     "received": received.get(id(one), 0),
+                    "requests": requests[0],
                 }
         draft = where.with_suffix(".draft")
         draft.write_text(json.dumps(said))

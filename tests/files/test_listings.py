@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from guest_agent.fuse.listing import WHOLE
 from tests.files.harness import Plane, eventually
 
 PRELUDE = """
@@ -195,3 +197,30 @@ settle()
     for name in ("go-1", "go-2"):
         (plane.host / name).unlink()
     assert finished.status == 0, finished.errors
+
+
+@pytest.mark.parametrize("look", ["ls -lR", "du -a", "stat"])
+def test_who_looks_at_all_files_after_find_need_not_ask_for_each(plane: Plane, look: str) -> None:
+    for number in range(600):
+        folder = plane.host / "d" / f"{number % 20}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"file-{number}").write_text("content")
+    plane.heard()
+    plane.sh("test -d d")
+    time.sleep(WHOLE + 0.1)  # so that nobody is known to look at files
+    plane.sh("find d >/dev/null")
+    asked = requests(plane)
+    if look == "stat":
+        said = plane.python(
+            "import os; print(sum(e.stat().st_size for d, _, _ in os.walk('d') for e in os.scandir(d) if e.is_file()))"
+        )
+        assert int(said) == 4200
+    else:
+        assert plane.sh(f"{look} d").count("file-") == 600
+    assert requests(plane) - asked < 350
+
+
+def requests(plane: Plane) -> int:
+    use = plane.agent.use()
+    assert use is not None
+    return use.requests

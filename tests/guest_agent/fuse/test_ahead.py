@@ -219,6 +219,25 @@ def test_what_follows_a_directory_beside_it() -> None:
     assert one.following(1) == []
 
 
+def test_where_somebody_may_go_next_in_either_order() -> None:
+    one = Ahead(sorted)
+    one.listed(1, [4, 2, 3, 5], first=True)
+    assert list(one.below(1, 2)) == [2, 4, 3, 2]
+    assert list(one.beside(4, 9)) == [5, 2, 2, 3, 3, 5]
+    assert list(one.beside(5, 1)) == [2, 4]
+    assert list(one.below(4, 9)) == list(one.beside(1, 9)) == []
+    one.listed(1, [1000], first=False)
+    assert list(one.beside(5, 1)) == [1000, 1000]
+
+
+def test_of_very_many_only_the_order_in_which_they_are_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "MOST_NAMED", 3)
+    one = Ahead(sorted)
+    one.listed(1, [4, 2, 3, 5], first=True)
+    assert list(one.below(1, 2)) == [4, 2]
+    assert list(one.beside(2, 2)) == [3, 5]
+
+
 def test_whoever_walks_wants_all_of_the_next_one() -> None:
     one = Ahead(sorted)
     one.listed(1, [2, 3, 4, 5, 6], first=True)

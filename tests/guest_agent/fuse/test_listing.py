@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guest_agent.fuse import bodies, directories, listing
+from guest_agent.fuse import bare, bodies, directories, listing
 from guest_agent.fuse.abi import Opcode
 from guest_agent.fuse.directories import NameChange
 from guest_agent.fuse.volume import Volume
@@ -31,6 +31,7 @@ from protocol.files import (
 )
 from tests.guest_agent.fuse.entries import DIRECTORY, Name, Shown, numbered, piece_of, placed, shown
 from tests.guest_agent.fuse.script import ATTRIBUTES, Asked, Script, failed, pack, replied
+from tests.guest_agent.fuse.test_promises import parse
 from tests.guest_agent.fuse.test_volume import DIRECTORY as FOLDER
 
 D = 5
@@ -758,6 +759,175 @@ def test_a_directory_that_cannot_be_listed_again_is_asked_by_name() -> None:
     it.script.take().fail(13)
     uniques += [look_up(it.script, b"name-%d" % number) for number in (2, 3)]
     assert [asked.call.unique for asked in calls(it.script, Lookup)] == uniques  # type: ignore[attr-defined]
+
+
+# --- names alone, which the kernel keeps -----------------------------------------------------------------
+
+FOLDERS = [Name(b"folder-%02d" % number, 10 + number, DIRECTORY) for number in range(30)]
+
+
+class Found:
+    """All that find(1) has left: the kernel keeps the names of ``D`` and of the folders in it, 20 files in each."""
+
+    def __init__(self, files: int = 20, piece: int = 1000) -> None:
+        self.script = Script()
+        self.now = 100.0
+        self.script.volume.listings._clock = lambda: self.now
+        self.files, self.piece = files, piece
+        self.listed: list[tuple[int, bool]] = []
+        for node in (D, *(folder.node for folder in FOLDERS)):
+            self.read(node)
+        self.settle()
+        self.listed.clear()
+        self.now += listing.WHOLE
+
+    def names(self, node: int) -> list[Name]:
+        return FOLDERS if node == D else numbered(self.files, node * 100)
+
+    def settle(self) -> list[int]:
+        """The host and the kernel do as they are told; returns whose pages were dropped."""
+        dropped = []
+        while self.script.link.asked or self.script.notifier.sequences or self.script.notifier.waiting:
+            while self.script.link.asked:
+                self.answer(self.script.take())
+            for sequence, then in self.script.notifier.sequences[:]:
+                dropped += [node for node, offset in parse(sequence) if offset == 0]
+                del self.script.notifier.sequences[0]
+                then()
+            while self.script.notifier.waiting:
+                dropped.append(self.script.notifier.waiting[0][0])
+                self.script.notifier.finish()
+        return dropped
+
+    def answer(self, asked: Asked) -> None:
+        call: Any = asked.call
+        if not isinstance(call, ListEntries):
+            asked.fail(2)
+            return
+        self.listed.append((call.node, call.bare))
+        names = [
+            name if name.kind == DIRECTORY or not call.bare else Name(name.name)
+            for name in self.names(call.node)
+        ]
+        asked.answer(*piece_of(placed(names), call.after, self.piece))
+
+    def read(self, node: int, off: int = 0) -> list[Shown]:
+        """To its end, as the kernel does that has no pages of it."""
+        found: list[Shown] = []
+        while True:
+            ask(self.script, off, node=node)
+            while self.script.link.asked:
+                self.answer(self.script.take())
+            if not (page := shown(self.script.answers[-1][2])):
+                return found
+            found += page
+            off = found[-1].off
+
+    def look_up(self, node: int, count: int) -> None:
+        for name in placed(self.names(node))[:count]:
+            look_up(self.script, name[1].name, node)
+            while self.script.link.asked:
+                self.answer(self.script.take())
+
+
+def test_who_looks_at_all_files_of_a_directory_gets_the_next_ones_whole() -> None:
+    it = Found()
+    first, *others = [folder.node for folder in FOLDERS]
+    it.look_up(first, 20)
+    dropped = it.settle()
+    assert set(others[:4]) <= set(dropped)
+    assert first not in dropped
+    assert len(dropped) == len(set(dropped)) == bare.USUAL
+    for node in others:
+        if node not in dropped:
+            it.look_up(node, 20)  # its turn had not come: that one is read from the kernel's pages
+        else:
+            assert all(record.node for record in it.read(node)[2:])
+        dropped += it.settle()
+    assert sorted(dropped) == sorted(set(dropped)) == others
+    assert sorted(it.listed) == [(folder.node, False) for folder in FOLDERS]
+
+
+def test_one_who_looks_at_a_file_here_and_there_leaves_all_pages_as_they_are() -> None:
+    it = Found()
+    for folder in FOLDERS:
+        it.look_up(folder.node, bare.FEW - 1)
+        it.now += listing.WHOLE
+    assert it.settle() == []
+
+
+def test_who_has_the_names_himself_has_few_pages_dropped() -> None:
+    """git(1) has an index: it looks up all names of a directory, and the next directory it does not read either."""
+    it = Found()
+    for folder in FOLDERS:
+        it.look_up(folder.node, 20)
+    dropped = it.settle()
+    assert bare.USUAL < len(dropped) < len(FOLDERS)
+    assert it.script.volume.listings._bare.room == bare.FEWEST
+
+
+def test_of_a_large_directory_the_rest_comes_whole() -> None:
+    it = Found(files=300, piece=100)
+    first = FOLDERS[0].node
+    it.look_up(first, bare.FEW)
+    assert first in it.settle()
+    after = placed(it.names(first))[99][0]
+    assert [record.node for record in it.read(first, after)] == [
+        name.node for _, name in placed(it.names(first))[100:]
+    ]
+
+
+@pytest.mark.parametrize("asks", ["a label", "an ACL", "names"])
+def test_what_ls_is_about_to_list_is_dropped_before_it_does(asks: str) -> None:
+    it = Found()
+    node = FOLDERS[7].node
+
+    def ask_as_ls_does(node: int) -> int:
+        if asks == "names":
+            return it.script.request(Opcode.LISTXATTR, pack("II", 152, 0), node=node)
+        name = b"security.selinux\0" if asks == "a label" else b"system.posix_acl_access\0"
+        return it.script.request(Opcode.GETXATTR, pack("II", 0, 0) + name, node=node)
+
+    unique = ask_as_ls_does(node)
+    assert it.script.answers == []
+    if asks == "names":
+        it.script.notifier.finish()
+        it.answer(it.script.link.asked.pop())  # what the host says of them does not matter
+    assert it.settle() == ([] if asks == "names" else [node])
+    assert [answer[:2] for answer in it.script.answers if answer[0] == "fail"] == [("fail", unique)]
+    assert it.listed == [(node, False)]
+    assert all(record.node for record in it.read(node)[2:])
+    assert it.listed == [(node, False)]
+    assert it.settle() == []  # it may be the only one
+
+
+def test_ls_of_a_tree_finds_the_first_directory_in_it_whole() -> None:
+    it = Found()
+    unique = it.script.request(Opcode.GETXATTR, pack("II", 0, 0) + b"security.selinux\0", node=D)
+    first = placed(FOLDERS)[0][1].node
+    assert sorted(it.settle()) == sorted({FOLDERS[0].node, first})
+    assert it.script.answers[-1][:2] == ("fail", unique)
+    for folder in FOLDERS:
+        assert all(record.node for record in it.read(folder.node)[2:])
+        it.settle()
+
+
+def test_ls_does_not_wait_for_long() -> None:
+    it = Found()
+    it.script.request(Opcode.GETXATTR, pack("II", 0, 0) + b"security.selinux\0", node=FOLDERS[7].node)
+    assert it.script.answers == []
+    assert it.script.timers.fire() <= 0.1
+    assert it.script.answers[-1][0] == "fail"
+    assert it.settle() == [FOLDERS[7].node]
+
+
+def test_of_what_has_changed_since_nothing_needs_to_be_dropped() -> None:
+    it = Found()
+    for folder in FOLDERS[1:]:
+        it.script.volume.take_back(Changed(7, directories=[folder.node], above=[D]))
+    it.settle()
+    it.look_up(FOLDERS[0].node, 20)
+    assert it.settle() == []
 
 
 # --- a host that is far away -------------------------------------------------------------------------

@@ -95,6 +95,20 @@ def test_of_attributes_alone_the_data_stays() -> None:
     assert it.take_all() == [[(8, -1)]]
 
 
+def test_pages_that_are_right_go_without_a_barrier_and_behind_what_is_not() -> None:
+    it = Written()
+    it.promises.drop_pages([7, 8])
+    assert it.take_all() == [[(7, 0), (8, 0)]]
+    for node in range(MAX_UNDER_WAY):
+        it.promises.take_back(Changed(7, nodes=[node], through=[100 + node]))
+    it.promises.drop_pages(range(300, 300 + MAX_SEQUENCE + 1))
+    it.promises.drop_pages([300])
+    it.promises.take_back(Changed(7, nodes=[9], through=[5], attributes_only=[6]))
+    *_, second, third, fourth, fifth = it.take_all()
+    assert (second, third) == ([(6, -1)], [(5, BARRIER), (9, 0)])
+    assert sorted(fourth + fifth) == [(300 + number, 0) for number in range(MAX_SEQUENCE + 1)]
+
+
 def test_what_waits_is_merged_and_nothing_is_lost() -> None:
     it = Written()
     for node in range(MAX_UNDER_WAY):
