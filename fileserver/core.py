@@ -6,8 +6,8 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -20,7 +20,7 @@ from fileserver.manner import is_new
 from fileserver.nodes import Link, Node, Recorder
 from fileserver.owner import Owner
 from fileserver.promises import Promise, Promises
-from fileserver.reach import Reach
+from fileserver.reach import Reach, Use
 from fileserver.retractions import Name, Retraction, above
 from fileserver.seals import Seals
 from fileserver.sharing import Sharing
@@ -90,30 +90,22 @@ class Core:
         self.owner: Owner | None = None
         """None: the guest's user has the same ids as we."""
 
-    @contextmanager
-    def directory(self, number: int, *names: bytes) -> Iterator[Node]:
+    def directory(self, number: int, *names: bytes) -> Use:
         """A directory in which the guest may look at or change ``names``. Raises EACCES if it is sealed, ESTALE if
         it is not in the share any more."""
         for name in names:
             check_name(name)
-        node = self.reach.acquire_directory(number)
-        try:
-            if node.sealed:
-                raise failure(errno.EACCES)
-            yield node
-        finally:
-            self.reach.release(node)
+        return self._unsealed(self.reach.acquire_directory(number))
 
-    @contextmanager
-    def changing(self, number: int) -> Iterator[Node]:
+    def changing(self, number: int) -> Use:
         """A file whose attributes the guest may change: not a directory that is sealed."""
-        node = self.reach.acquire(number)
-        try:
-            if node.sealed:
-                raise failure(errno.EACCES)
-            yield node
-        finally:
+        return self._unsealed(self.reach.acquire(number))
+
+    def _unsealed(self, node: Node) -> Use:
+        if node.sealed:
             self.reach.release(node)
+            raise failure(errno.EACCES)
+        return Use(node, self.reach.release)
 
     def inode(self, device: int, ino: int) -> int:
         """The inode number that the guest is shown: the host's own on the root's device, else one that is

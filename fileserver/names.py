@@ -223,7 +223,9 @@ class NameOperations:
         )
         self._core.hand_over(descriptor)
         self._changed(directory, promise)
-        if promise is not None and not self._is_still(directory, call.name, descriptor):
+        if promise is not None and not (
+            self._promises.is_alone(promise) or self._is_still(directory, call.name, descriptor)
+        ):
             promise = None
         return self._enter_created(directory, call.name, descriptor, promise)
 
@@ -295,7 +297,9 @@ class NameOperations:
                 self._changed(directory, promise, node)
                 self._reach.removed(directory, call.name)
                 self._has_other_names(node)
-                gone = promise is not None and self._is_absent(directory, call.name)
+                gone = promise is not None and (
+                    self._promises.is_alone(promise) or self._is_absent(directory, call.name)
+                )
                 number = 0 if node is None else node.number
         return Outcome(Removed(node=number), promise=promise if gone else None)
 

@@ -43,6 +43,7 @@ class Promise:
         "empty",
         "given",
         "names",
+        "news",
         "node",
         "other",
         "other_names",
@@ -59,6 +60,8 @@ class Promise:
         """What is to be remembered of the attributes (``remembered``) if they do not go to the guest's kernel."""
         self.above = b""
         """Attributes of the directory, read when the guest had changed names in it."""
+        self.news = -1
+        """Before the directory was sampled (``Watches.news``)."""
         self.empty = False
         """The node is a directory, and there was no name in it."""
 
@@ -112,8 +115,13 @@ class Promises:
         watches = self._watches
         if watches is None:
             return None
+        news = watches.news
         names = watches.sample(self._share, directory)
-        return None if names is None else Promise(directory, names, None, None)
+        if names is None:
+            return None
+        promise = Promise(directory, names, None, None)
+        promise.news = news
+        return promise
 
     @property
     def are_used_up(self) -> bool:
@@ -172,6 +180,12 @@ class Promises:
         for node in nodes:
             if node is not None:
                 watches.moved(node, None)
+
+    def is_alone(self, promise: Promise) -> bool:
+        """Nothing was handled that others did, from the promise's sample until now, after it was ``changed``. Then
+        what the guest made or removed in between need not be looked at again: if somebody was faster, the guest is
+        told of that after its answer, or the answer promises nothing."""
+        return self._watches is not None and self._watches.news == promise.news
 
     # --- answering, in trio's thread ---------------------------------------------------------------
 

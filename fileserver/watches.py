@@ -122,6 +122,10 @@ class Watches:
         """``on_changes`` is called in trio's thread with a share's id, ``on_void`` with the reason why nothing that was
         promised stands any more. Neither may wait, or raise. (Trio's thread.)"""
         self.epoch = next_version()
+        self.news = 0
+        """How often something was handled here that others did. Who has found it as before on both sides of a change of
+        his own, and of the token after that, need not look whether somebody was faster: what others did meanwhile has
+        yet to be handled, so it moves that token, or is told after the answer."""
         self._on_changes, self._on_void = on_changes, on_void
         self._pid = os.getpid()
         self._lock = threading.Lock()  # of what follows; held for system calls that do not wait
@@ -366,6 +370,7 @@ class Watches:
                 self._deleted(watch)
             if event.pid == self._pid and len(holders) < 2 and not tells_own:
                 continue
+            self.news += 1  # before the token moves: who looks in between must not miss it
             for share, node in holders:
                 move(node)
                 if share not in changes:
@@ -385,6 +390,7 @@ class Watches:
 
     def _deleted(self, watch: Watch) -> None:
         """The file is gone, and its mark with it."""
+        self.news += 1
         with self._lock:
             for share, node in watch.holders:
                 self._leave(share, node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -485,20 +486,83 @@ async def test_that_a_name_is_gone_is_promised(place: Path) -> None:
         await until(lambda: (ROOT, b"lock") in heard.names())
 
 
-async def test_it_is_not_if_somebody_has_made_another(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At once, before anybody has looked."""
+async def test_that_somebody_has_made_another_is_told_or_not_promised(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, before anybody has looked: by a call that is done in trio's thread it is told after the answer."""
     removed = os.unlink
 
     def overtaken(name: bytes, *, dir_fd: int) -> None:
         removed(name, dir_fd=dir_fd)
-        os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
+        elsewhere(guest.root, "touch lock")
 
     async with connected(place) as guest:
         (guest.root / "lock").touch()
+        await guest.kernel.ask(GetAttributes(SHARE, guest.kernel.unique(), ROOT))
+        guest.kernel.changes()
         monkeypatch.setattr("fileserver.names.os.unlink", overtaken)
         gone = await guest.kernel.ask(Unlink(SHARE, guest.kernel.unique(), ROOT, b"lock"))
         monkeypatch.undo()
-        assert gone.promise == 0
+        heard = Heard(guest)
+        if gone.promise:
+            await until(lambda: (ROOT, b"lock") in heard.names())
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_one_that_was_heard_of_before_the_answer_is_not_promised(
+    place: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """A thread does it, so that the change may be handled, and told, before the token is taken."""
+    removed = os.unlink
+    overtaken, go_on = threading.Event(), threading.Event()
+
+    def slowly(name: bytes, *, dir_fd: int) -> None:
+        removed(name, dir_fd=dir_fd)
+        overtaken.set()
+        go_on.wait(20)
+
+    async with connected(place) as guest:
+        (guest.root / "lock").touch()
+        await guest.kernel.ask(GetAttributes(SHARE, guest.kernel.unique(), ROOT))
+        guest.kernel.changes()
+        monkeypatch.setattr("fileserver.prompt.KINDS", frozenset())
+        monkeypatch.setattr("fileserver.names.os.unlink", slowly)
+        pending = guest.kernel.begin(Unlink(SHARE, guest.kernel.unique(), ROOT, b"lock"))
+        await until(overtaken.is_set)
+        if told:
+            elsewhere(guest.root, "touch lock")
+            heard = Heard(guest)
+            await until(lambda: (ROOT, b"lock") in heard.names())
+        go_on.set()
+        _, promise, _ = (await guest.kernel.finish(pending)).value
+        assert promise == (0 if told else NAME)
+
+
+async def test_of_what_is_made_neither(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of a new file, which another one has replaced."""
+    opened = os.open
+    overtaken, go_on = threading.Event(), threading.Event()
+
+    def slowly(path: Any, flags: int, *arguments: Any, **named: Any) -> int:
+        made = opened(path, flags, *arguments, **named)
+        if flags & os.O_EXCL:
+            overtaken.set()
+            go_on.wait(20)
+        return made
+
+    async with connected(place) as guest:
+        await guest.kernel.ask(GetAttributes(SHARE, guest.kernel.unique(), ROOT))
+        guest.kernel.changes()
+        monkeypatch.setattr("fileserver.prompt.KINDS", frozenset())
+        monkeypatch.setattr("fileserver.names.os.open", slowly)
+        create = Create(SHARE, guest.kernel.unique(), ROOT, b"new", 0o644, os.O_EXCL)
+        pending = guest.kernel.begin(create)
+        await until(overtaken.is_set)
+        elsewhere(guest.root, "touch other; mv other new")
+        heard = Heard(guest)
+        await until(lambda: (ROOT, b"new") in heard.names())
+        go_on.set()
+        assert Entry(*(await guest.kernel.finish(pending)).value).promise & NAME == 0
 
 
 async def test_a_name_that_is_not_there_is_enoent_if_it_cannot_be_promised(

@@ -21,7 +21,14 @@ class Watched:
         self.full = False
         self.marked: set[int] = set()
         self.heard: set[int] = set()
+        self.lonely = False
         self._versions = itertools.count(1)
+        self._news = itertools.count(1)
+
+    @property
+    def news(self) -> int:
+        """Others do something all the time, unless it is ``lonely``."""
+        return 0 if self.lonely else next(self._news)
 
     @property
     def is_full(self) -> bool:
