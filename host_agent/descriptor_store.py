@@ -20,6 +20,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
+from typing import Final
 
 import trio
 
@@ -27,6 +28,11 @@ from fileserver.keepsakes import MAX_AT_ONCE, MAX_KEPT, Kept, Message, Name, pre
 from host_agent.descriptor_log import DescriptorLog
 
 logger = logging.getLogger(__name__)
+
+NAP: Final = 0.05
+"""Seconds between two looks at what the file server says. It has one message for each file that the guest removes,
+and each that finds us waiting wakes us, 0.2 ms of a processor that the removals need. What waits is in the queue, as
+safe as here; that takes 500 messages, and a guest removes 2,000 files a second at the most."""
 
 
 def make_room(limit: int = MAX_KEPT) -> int:
@@ -99,6 +105,7 @@ class DescriptorStore:
     async def follow(self, ours: socket.socket) -> None:
         """Take in what the server says, to its end."""
         while self.take_in(ours):
+            await trio.sleep(NAP)
             await trio.lowlevel.wait_readable(ours)
 
     def take_in(self, ours: socket.socket) -> bool:

@@ -173,12 +173,33 @@ async def test_it_is_followed_to_the_end(file: int, store: DescriptorStore) -> N
         async with trio.open_nursery() as nursery:
             nursery.start_soon(store.follow, ours)
             prepare(theirs)
-            for count, name in enumerate(names(50), 1):
+            for count, name in enumerate(names(10), 1):
                 send(theirs, (), [(name, file)])
                 with trio.fail_after(10):
                     while len(store) < count:
                         await trio.lowlevel.checkpoint()
             theirs.close()
+
+
+async def test_it_is_not_woken_for_each_message(
+    file: int, store: DescriptorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes between two looks waits in the queue, and is not lost with whoever does not look any more."""
+    monkeypatch.setattr(descriptor_store, "NAP", 3600)
+    first, *others = names(4)
+    with store.opened() as (ours, theirs):
+        send(theirs, (), [(first, file)])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.follow, ours)
+            with trio.fail_after(20):
+                while not len(store):
+                    await trio.sleep(0.01)
+            for name in others:
+                send(theirs, (), [(name, file)])
+                await trio.sleep(0.01)
+            assert len(store) == 1
+            nursery.cancel_scope.cancel()
+    assert len(store) == 4
 
 
 def test_room_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
