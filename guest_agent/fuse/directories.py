@@ -402,7 +402,7 @@ class Directories:
         self.touch(node)
         if (gone := self._gone.get(node)) is not None:
             gone.discard(name)
-        if whose and change is NameChange.UNLINKED:
+        if known := whose and change is NameChange.UNLINKED:
             self.touch(whose)
         elif change is not NameChange.MADE:
             if change is NameChange.UNLINKED:
@@ -412,7 +412,9 @@ class Directories:
             self._now += 1
         if (directory := self._directories.get(node)) is not None:
             directory.listable = False
-            if name not in directory.marked and (found := self._search(directory, name)) and found[1] >= 0:
+            if known or name in directory.marked:
+                pass  # no other file has changed, or that was said already
+            elif (found := self._search(directory, name)) and found[1] >= 0:
                 self.touch(found[0].nodes[found[1]])
             directory.marked.add(name)
             if len(directory.marked) > MAX_MARKED:

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from guest_agent.fuse.operation import Timers
 from protocol.files import FileCall, Forget
 
-DELAY: Final = 0.02
+DELAY: Final = 0.05
 """Seconds that the first waits for others."""
 
 MAX_BATCH: Final = 4096

@@ -543,6 +543,9 @@ CHANGES: dict[str, Change] = {
     "told of a name in it": lambda memory: memory.changed(Changed(1, parents=[1001], names=[b"x"])),
     "a name made in it": lambda memory: memory.name_changed(1001, b"x", NameChange.MADE),
     "its name removed": lambda memory: memory.name_changed(D, b"name-1", NameChange.UNLINKED),
+    "its name removed, the host says": lambda memory: memory.name_changed(
+        D, b"name-1", NameChange.UNLINKED, 1001
+    ),
     "its name moved": lambda memory: memory.name_changed(D, b"name-1", NameChange.MOVED),
     "forgotten by the kernel": lambda memory: memory.forgotten([1001]),
     "the session over": lambda memory: memory.drop_all(),
