@@ -71,6 +71,8 @@ class Unfenced:
     shared = False
     """Whether the guest agent sees it. If not, who is answered ahead may be heard of before what he wrote is there."""
 
+    spooled = False
+    """Whether what is answered ahead outlives this process, also if it has not left."""
     left: Sequence[Left] = ()
     """What a killed predecessor has answered for and may not have landed, in order: to be asked again, with its
     tickets."""
@@ -93,6 +95,7 @@ class Writer(Unfenced):
         """``numbers``: of the file's first page."""
         self._numbers = numbers
         self._spool = spool
+        self.spooled = spool is not None
         landed, answered = numbers[_LANDED], numbers[_ANSWERED]
         self.left = () if spool is None else spool.left(landed, answered)
         self._tickets = Tickets(answered, self.left[0].ticket - 1 if self.left else answered)

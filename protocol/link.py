@@ -572,16 +572,20 @@ class Link:
                 self._driver.session.reset(number, ErrorCode.CANCELLED)
                 waiting(LinkError(f"no answer to opening it within {OPEN_TIMEOUT:g} s", ErrorCode.TIMEOUT))
 
-    def call(self, call: FileCall[Any], payload: Buffer | Run, on_result: OnResult) -> None:
+    def call(
+        self, call: FileCall[Any], payload: Buffer | Run, on_result: OnResult, *, gather: bool = False
+    ) -> None:
         """Ask for a filesystem operation; ``on_result`` gets its result, or why there never will be one.
 
         Queued at once, whatever the backlog is, and it never waits: this is for callers that hold themselves to
         ``MAX_CALLS``. ``payload`` must not change; a run stays the caller's, to be given back when the result has
-        come. Raises ``LinkError`` when the link is over.
+        come. Raises ``LinkError`` when the link is over. ``gather``: it may leave with what comes next, or once
+        something was received, for who knows that something will be.
         """
         number = self._live().call(call.OP, codec.encode(call), payload)
         self._calling[number] = on_result
-        self._flush()
+        if not gather:
+            self._flush()
 
     @property
     def backlog(self) -> int:

@@ -68,6 +68,7 @@ async def write(volume: Volume, request: Request) -> bytes | None:
     ask = volume.host.ask(Write(volume.share, unique, node, offset, append, kill, ahead), data, lasting=ahead)
     if ahead:
         volume.is_writing_ahead(node)
+        ask.answers_ahead = True
         ask.after = partial(volume.answer_ahead, ask, request.unique, node)
     volume.written.begin(node, -1 if write_flags & bodies.WRITE_CACHE else offset)
     try:

@@ -33,7 +33,7 @@ from guest_agent.fuse.operation import Resume, Wait, spawn
 from guest_agent.fuse.turns import Gate, Turns
 from guest_agent.spool import Left
 from protocol import codec
-from protocol.bulk import Loan, Run
+from protocol.bulk import INLINE_BELOW, Loan, Run
 from protocol.errors import DecodeError, LinkError
 from protocol.files import CALLS, FileCall
 from protocol.link import OnResult
@@ -56,6 +56,9 @@ LOOK_AGAIN: Final = 0.25
 """Seconds between two looks at whether callers that have had a signal are to be killed: the kernel tells of the
 first signal only. Nothing is looked at while nobody has had one."""
 
+MAX_GATHERED: Final = 8 << 10
+"""Bytes that wait for the host's next answer: half of what leaves at once (``protocol.outlet.PROMPT_SIZE``)."""
+
 LetGo = Callable[[], None]
 """Answers a request that nobody is going to wait for."""
 
@@ -66,7 +69,9 @@ class Caller(Protocol):
     @property
     def backlog(self) -> int: ...
 
-    def call(self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult) -> None: ...
+    def call(
+        self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult, *, gather: bool = False
+    ) -> None: ...
 
 
 class Ask(Generic[ResultT]):
@@ -77,8 +82,10 @@ class Ask(Generic[ResultT]):
         "_resume",
         "after",
         "answered",
+        "answers_ahead",
         "call",
         "caller",
+        "gathered",
         "lasting",
         "lent",
         "let_go",
@@ -115,6 +122,8 @@ class Ask(Generic[ResultT]):
         """Called once it is on its way: what is asked for then goes behind it."""
         self.answered = False
         """The request has had its answer already: this comes to its end only with the host's."""
+        self.answers_ahead = self.gathered = False
+        """It is to be answered before that; and leaves with what comes next, or with the host's next answer."""
         self.ticket = 0
         """For the fence, of one that is ``answered``."""
         self._host = host
@@ -169,9 +178,10 @@ class Ask(Generic[ResultT]):
         return self._resume is not None
 
     @property
-    def has_left(self) -> bool:
-        """It was sent, and all that was sent is with the transport: it arrives even if this process ends now."""
-        return self.sent and self._host.has_sent_all
+    def may_be_answered(self) -> bool:
+        """It was sent, and all that was sent is with the transport: so it arrives even if this process ends now. Or it
+        leaves with the host's next answer, and a successor knows of it."""
+        return self.sent and (self.gathered or self._host.has_sent_all)
 
     @property
     def may_end_early(self) -> bool:
@@ -202,6 +212,8 @@ class Host:
         no request pays for a table of callers, which seldom anybody looks up.)"""
         self.read_ahead = 0
         """Bytes that are read ahead of the kernel, of all shares (``readahead``)."""
+        self._ahead = 0
+        """Calls that are answered, and not landed."""
         self._is_dying = is_dying
         self._link: Caller | None = None
         self._patient = True
@@ -240,10 +252,12 @@ class Host:
         payload = ask.payload if isinstance(ask.payload, bytes) else ask.payload.content
         ask.ticket = self.fence.begin(said, payload)
         ask.answered = ask.ticket > 0
+        self._ahead += ask.answered
         return ask.answered
 
     def landed(self, ask: Ask[Any]) -> None:
         """The host has said what came of it."""
+        self._ahead -= 1
         self.fence.end(ask.ticket)
 
     def ask_again_for(self, left: Sequence[Left], shares: Collection[int]) -> None:
@@ -397,13 +411,25 @@ class Host:
         while self._link is not None and (ask := self._turns.next()) is not None:
             self._send(ask)
 
+    def _may_gather(self, ask: Ask[Any]) -> bool:
+        """Whether a small one may wait until the host has answered one that was sent before: who writes line by line
+        is heard of in as many messages as there are answers."""
+        assert self._link is not None
+        return (
+            self._ahead > 0
+            and self.fence.spooled
+            and ask.size < INLINE_BELOW
+            and self._link.backlog + ask.size < MAX_GATHERED
+        )
+
     def _send(self, ask: Ask[Any]) -> None:
         assert self._link is not None
         self._sent[ask] = None
         if self._distance is not None:
             self._distance.sent(ask)
+        ask.gathered = ask.answers_ahead and not ask.sent and self._may_gather(ask)
         try:
-            self._link.call(ask.call, ask.payload, ask.on_result)
+            self._link.call(ask.call, ask.payload, ask.on_result, gather=ask.gathered)
         except LinkError:
             self._lose()
         except Exception:

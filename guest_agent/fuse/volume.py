@@ -473,7 +473,7 @@ class Volume:
 
     def answer_ahead(self, ask: Ask[Written], unique: int, node: int) -> None:
         """It is asked: answer it if nothing can keep it from arriving; then ``has_landed`` or ``has_lost`` follows."""
-        if ask.has_left and self.kernel is not None and self.host.answer_for(ask):
+        if ask.may_be_answered and self.kernel is not None and self.host.answer_for(ask):
             self.behind.begin(node, ask.size)
             self.kernel.reply(unique, bodies.write_out(ask.size))
 

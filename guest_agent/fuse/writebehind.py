@@ -5,7 +5,8 @@ and those that follow are answered once they are on their way, in order: the hos
 tell, after them. The laws:
 
 - **Nothing is answered for that this process could lose.** A write is answered when its frame has left whole, so that
-  it arrives even if this process is killed; and it is asked again, as it was, until the host has answered it.
+  it arrives even if this process is killed; or, while another one is on its way, when it is where a successor finds it
+  (``spool``), and then leaves with the host's next answer. It is asked again, as it was, until it is answered.
 - **Nothing is answered for that the host has no room for.** It says with each write how many bytes the guest may answer
   for (``Written.room``), and which those are it knows by its answers. What fails all the same (a quota, a broken disk)
   the next write(2) or fsync(2) of the file is told, once; and the kernel forgets what it has of the file.

@@ -46,12 +46,20 @@ class ScriptedLink:
     def __init__(self) -> None:
         self.asked: list[Asked] = []
         self.over = False
-        self.backlog = 0
+        self.gathered = self.stuck = 0
+        """Bytes that wait for another call or an answer, and those that the transport does not take."""
 
-    def call(self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult) -> None:
+    def call(
+        self, call: FileCall[Any], payload: bytes | Run, on_result: OnResult, *, gather: bool = False
+    ) -> None:
         if self.over:
             raise LinkClosed("over")
         self.asked.append(Asked(call, payload, on_result))
+        self.gathered = self.gathered + len(payload) if gather else 0
+
+    @property
+    def backlog(self) -> int:
+        return self.gathered + self.stuck
 
     def take(self) -> Asked:
         return self.asked.pop(0)

@@ -118,7 +118,7 @@ def test_a_call_that_no_frame_can_say_is_its_callers_loss(
 ) -> None:
     script = Script()
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise LocalProtocolError("too long")
 
     with monkeypatch.context() as patched:

@@ -12,7 +12,7 @@ import pytest
 from guest_agent.fence import Unfenced, open_reader, open_writer
 from guest_agent.fuse import bodies
 from guest_agent.fuse.abi import Opcode
-from guest_agent.fuse.host import Host
+from guest_agent.fuse.host import MAX_GATHERED, Host
 from guest_agent.fuse.writebehind import BURST, MAX_BYTES, MAX_CALLS, MAX_FILES, WriteBehind
 from protocol.files import (
     ATTR,
@@ -218,7 +218,7 @@ def test_where_the_guest_agent_would_not_know_it_is_waited_for() -> None:
 
 def test_what_has_not_left_whole_is_waited_for() -> None:
     script = Writing()
-    script.link.backlog = 1
+    script.link.stuck = 1
     unique, asked = script.write(b"y" * 5, 10)
     assert script.answers == []
     assert script.fence.log == []
@@ -376,6 +376,56 @@ def test_what_no_mount_is_left_of_is_not_asked_for(tmp_path: Path) -> None:
     link = ScriptedLink()
     successor.attach(link)
     assert link.calls == []
+
+
+def test_small_ones_leave_with_the_hosts_next_answer(tmp_path: Path) -> None:
+    script = Writing()
+    script.host.fence = open_writer(tmp_path / "fence")
+    first = script.ahead(b"one", 10)
+    assert script.link.gathered == 0, "nothing is on its way that could be waited for"
+    script.ahead(b"two", 13)
+    assert script.link.gathered == 3
+    script.ahead(b"l" * 4096, 16)
+    assert script.link.gathered == 0, "a large one leaves at once, and takes along what waits"
+    first.answer(written(3, 10))
+    script.ahead(b"three", 16 + 4096)
+    assert script.link.gathered == 5
+    for asked in script.link.asked[2:]:
+        call = asked.call
+        assert isinstance(call, Write)
+        asked.answer(written(len(asked.payload), call.offset))
+    script.ahead(b"four", 5000)
+    assert script.link.gathered == 0
+
+
+def test_so_much_is_gathered(tmp_path: Path) -> None:
+    script = Writing()
+    script.host.fence = open_writer(tmp_path / "fence")
+    script.ahead()
+    sizes = []
+    for number in range(10):
+        script.ahead(b"g" * 2000, 10 + number)
+        sizes.append(script.link.gathered)
+    assert max(sizes) == MAX_GATHERED - MAX_GATHERED % 2000
+    assert sizes.count(0) == 2, "all leaves with what finds no room"
+
+
+def test_what_would_not_outlive_us_is_not_gathered(tmp_path: Path) -> None:
+    script = Writing()
+    script.host.fence = open_writer(tmp_path / "fence", spooled=False)
+    script.ahead()
+    script.ahead()
+    assert script.link.gathered == 0
+
+
+def test_what_was_gathered_when_the_session_ended_is_sent_in_the_next(tmp_path: Path) -> None:
+    script = Writing()
+    script.host.fence = open_writer(tmp_path / "fence")
+    calls = [script.ahead(b"one", 10).call, script.ahead(b"two", 13).call]
+    script.lose_host()
+    script.find_host()
+    assert script.link.calls == calls
+    assert script.link.gathered == 0
 
 
 # --- what is believed meanwhile --------------------------------------------------------------------
