@@ -56,6 +56,9 @@ MAX_BACKLOG: Final = 256 << 20
 PAUSE: Final = 0.5
 """Seconds before a transport that broke is opened again, and after a session that never came to be."""
 
+LANDING: Final = 1.0
+"""Seconds at the end for what was answered for and waits for the host; a round trip is enough."""
+
 READY_AFTER: Final = 60.0
 """Seconds without a host after which the boot goes on all the same: what needs the shares fails by name."""
 
@@ -102,6 +105,13 @@ class FilesAgent:
         if waiting.cancelled_caught:
             log.warning("ready.without_host seconds=%g", READY_AFTER)
         fdstore.notify("READY=1")
+
+    async def settle(self) -> None:
+        """Before sessions end: until the host has all that was answered for. A successor would have no mount of it."""
+        self._host.answers_ahead = False
+        with trio.move_on_after(LANDING):
+            while self._host.is_ahead:
+                await trio.sleep(0.005)
 
     async def stop(self) -> None:
         """Take all mounts off, in good order; nothing waits for the host any more."""
@@ -172,6 +182,7 @@ async def run(open_transport: OpenTransport, *, vm: bool = True, fence: Path = F
                 if vm:
                     sessions.start_soon(agent.tell_ready)
                 log.info("agent.stop signal=%s", signal.Signals(await anext(aiter(received))).name)
+                await agent.settle()
                 sessions.cancel_scope.cancel()
             await agent.stop()
         nursery.cancel_scope.cancel()

@@ -214,6 +214,8 @@ class Host:
         """Bytes that are read ahead of the kernel, of all shares (``readahead``)."""
         self._ahead = 0
         """Calls that are answered, and not landed."""
+        self.answers_ahead = True
+        """False: nothing more is answered before the host has it."""
         self._is_dying = is_dying
         self._link: Caller | None = None
         self._patient = True
@@ -247,6 +249,8 @@ class Host:
 
     def answer_for(self, ask: Ask[Any]) -> bool:
         """Whether its request may be answered before the host has done it. Then it is, and ``landed`` follows."""
+        if not self.answers_ahead:
+            return False
         call = ask.call
         said = msgpack.packb((call.OP, codec.encode(call)))
         payload = ask.payload if isinstance(ask.payload, bytes) else ask.payload.content
@@ -254,6 +258,11 @@ class Host:
         ask.answered = ask.ticket > 0
         self._ahead += ask.answered
         return ask.answered
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the host is there, and something was answered that it has not."""
+        return self._ahead > 0 and self._link is not None
 
     def landed(self, ask: Ask[Any]) -> None:
         """The host has said what came of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -178,14 +179,37 @@ def test_a_server_that_is_killed_again_and_again_while_nobody_looks(plane: Plane
 
 
 def test_an_agent_that_ends_in_order_takes_its_mounts_along(plane: Plane) -> None:
-    import signal
-
     plane.sh("echo x >file")
     plane.agent.kill(signal.SIGTERM)
     assert plane.namespace.mounts() == []
     assert plane.agent.store.names() == []
     plane.agent.start()
     assert plane.sh("cat file") == "x\n"
+
+
+def test_ended_in_good_order_it_loses_nothing_that_it_answered_for(plane: Plane) -> None:
+    """What follows a write at once is answered before the host has it; no successor would know whose it is."""
+    said = plane.directory / "said"
+    script = f"""
+import os
+said = os.open({str(said)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+file = os.open("appended", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+number = 0
+try:
+    while True:
+        os.write(file, b"%d\\n" % number)
+        os.write(said, b"%d\\n" % number)
+        number += 1
+except OSError:
+    pass
+"""
+    with plane.start([sys.executable, "-c", script]) as running:
+        eventually("it has begun", lambda: said.exists() and said.stat().st_size > 2000)
+        plane.agent.kill(signal.SIGTERM)
+        assert running.wait(60).status == 0
+    appended, answered = (plane.host / "appended").read_bytes(), said.read_bytes()
+    assert appended.startswith(answered)
+    assert appended.count(b"\n") <= answered.count(b"\n") + 1
 
 
 # --- locks that reach the host ---------------------------------------------------------------------

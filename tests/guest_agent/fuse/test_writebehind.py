@@ -226,6 +226,26 @@ def test_what_has_not_left_whole_is_waited_for() -> None:
     assert script.answers == replied(unique, pack("II", 5, 0))
 
 
+def test_at_the_end_of_the_agent_it_is_waited_for() -> None:
+    script = Writing()
+    script.host.answers_ahead = False
+    script.write(b"y" * 5, 10)
+    assert script.answers == []
+    assert not script.host.is_ahead
+
+
+def test_what_is_ahead_is_so_while_the_host_is_there() -> None:
+    script = Writing()
+    script.ahead()
+    assert script.host.is_ahead
+    script.lose_host()
+    assert not script.host.is_ahead, "nobody will answer"
+    script.find_host()
+    assert script.host.is_ahead
+    script.link.take().answer(written(5, 10))
+    assert not script.host.is_ahead
+
+
 def test_a_page_of_a_mapping_is_waited_for() -> None:
     script = Writing()
     script.request(Opcode.WRITE, pack("QQIIQII", 0, 10, 5, bodies.WRITE_CACHE, 0, 0, 0) + b"y" * 5, NODE)
