@@ -56,7 +56,7 @@ MAX_BACKLOG: Final = 256 << 20
 PAUSE: Final = 0.5
 """Seconds before a transport that broke is opened again, and after a session that never came to be."""
 
-LANDING: Final = 1.0
+LANDING: Final = 2.0
 """Seconds at the end for what was answered for and waits for the host; a round trip is enough."""
 
 READY_AFTER: Final = 60.0

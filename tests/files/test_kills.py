@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -187,6 +188,12 @@ def test_an_agent_that_ends_in_order_takes_its_mounts_along(plane: Plane) -> Non
     assert plane.sh("cat file") == "x\n"
 
 
+def not_landed(plane: Plane) -> int:
+    """How many writes have been answered that are not on the host."""
+    answered, landed = struct.unpack("=QQ", plane.agent.fence.read_bytes()[:16])
+    return answered - landed
+
+
 def test_ended_in_good_order_it_loses_nothing_that_it_answered_for(plane: Plane) -> None:
     """What follows a write at once is answered before the host has it; no successor would know whose it is."""
     said = plane.directory / "said"
@@ -205,6 +212,11 @@ except OSError:
 """
     with plane.start([sys.executable, "-c", script]) as running:
         eventually("it has begun", lambda: said.exists() and said.stat().st_size > 2000)
+        os.kill(plane.server.pid, signal.SIGSTOP)
+        eventually("something was answered that the host has not", lambda: not_landed(plane) > 1)
+        os.kill(plane.agent.pid, signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(plane.server.pid, signal.SIGCONT)
         plane.agent.kill(signal.SIGTERM)
         assert running.wait(60).status == 0
     appended, answered = (plane.host / "appended").read_bytes(), said.read_bytes()
