@@ -92,7 +92,7 @@ class WriteBehind:
 
     def lost(self, node: int, error: int) -> None:
         """It has failed."""
-        self._written.pop(node, None)
+        self.wait_for(node)
         self._failed[node] = error
         if len(self._failed) > MAX_FILES:
             self._failed.popitem(last=False)
@@ -129,8 +129,8 @@ class WriteBehind:
 
     def forgotten(self, nodes: Sequence[int]) -> None:
         """The kernel has forgotten them: nobody has them open."""
+        self.wait_for(*nodes)
         for node in nodes:
-            self._written.pop(node, None)
             self._failed.pop(node, None)
 
     def void(self) -> None:
